@@ -1,0 +1,102 @@
+"""The ``clfed`` command: help at once, everything else through Hydra, one exit code an error."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from clfed import __version__
+from clfed.config import choices, config_dir, one_sentence, settle
+from clfed.errors import ClfedError, ConfigError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+GROUPS = {
+    "job": "the question to answer",
+    "experiment": "whole published set-ups, one file each",
+    "data": "what images exist",
+    "scenario": "who sees which classes when",
+    "backbone": "image to embedding",
+    "learner": "how the embedding is trained",
+    "trainer": "how training runs on this machine",
+    "strategy": "how the server merges what nodes send",
+    "engine": "who carries the messages",
+    "logger": "where metrics go beside metrics.csv",
+}
+
+USAGE = """\
+usage: clfed [GROUP=CHOICE ...] [KEY=VALUE ...] [-m]
+
+  clfed                                        the main job on embedded data, no network needed
+  clfed experiment=omniglot600 data.root=DIR   a published set-up
+  clfed -m learner=protonet,cross_entropy seed=0,1,2    a sweep over all combinations
+  clfed --cfg job                              the configuration, not run
+  clfed --config-dir DIR experiment=mine       your own configuration files beside ours
+
+Frequent keys: seed=0 run_dir=DIR cache_dir=DIR smoke=true merge=legacy_double_shrink logger=none
+"""
+
+
+def main() -> None:
+    """Run the command line and exit with 0, an error's own code, or 130 after an interrupt."""
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(help_text())
+        return
+    if "--version" in arguments:
+        sys.stdout.write(f"clfed {__version__}\n")
+        return
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    # Hydra would print its own shortened traceback and exit with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    failures: list[ClfedError] = []
+
+    def task(cfg: DictConfig) -> None:
+        try:
+            run(cfg)
+        except ClfedError as error:
+            failures.append(error)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        fail([ConfigError(one_sentence(error))])
+    except KeyboardInterrupt:
+        sys.stderr.write("clfed: interrupted\n")
+        sys.exit(130)
+    if failures:
+        fail(failures)
+
+
+def run(cfg: DictConfig) -> None:
+    """Run the job of one composed configuration, as one run or as one of a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from hydra.utils import get_method
+
+    cfg = settle(cfg)
+    hydra_cfg = HydraConfig.get()
+    if hydra_cfg.mode == RunMode.MULTIRUN and cfg.run_dir is not None:
+        cfg.run_dir = os.path.join(cfg.run_dir, str(hydra_cfg.job.num))  # noqa: PTH118
+    get_method(cfg.job["_target_"])(cfg)
+
+
+def fail(errors: list[ClfedError]) -> NoReturn:
+    """Print each error with its remedy and exit with the first one's code."""
+    for error in errors:
+        sys.stderr.write(f"clfed: {error}\n  {error.remedy}\n")
+    sys.exit(errors[0].code)
+
+
+def help_text() -> str:
+    """Return usage and every group's choices with a sentence each."""
+    parts = [USAGE]
+    for group, meaning in GROUPS.items():
+        rows = [f"  {name:<22}{sentence}".rstrip() for name, sentence in choices(group)]
+        parts.append(f"{group}: {meaning}\n" + "\n".join(rows) + "\n")
+    return "\n".join(parts)

@@ -1,0 +1,112 @@
+"""Every error that clfed raises on purpose: one sentence, one remedy, one exit code.
+
+Code 1 is left to unforeseen failures (a traceback is a bug report) and 2 to the command line
+parser's own convention, which wrong configuration shares. ``docs/errors.md`` lists all codes.
+"""
+
+from __future__ import annotations
+
+
+class ClfedError(Exception):
+    """Base of all errors that a user can mend.
+
+    Args:
+        message: What was expected and what came.
+        remedy: What to do; the class's own remedy when omitted.
+
+    Attributes:
+        code: Exit code of the ``clfed`` command, unique for each class.
+        remedy: What to do about it.
+    """
+
+    code: int = 3
+    remedy: str = "Run the command again with --help, or report this message."
+
+    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+        super().__init__(message)
+        if remedy is not None:
+            self.remedy = remedy
+
+
+class ConfigError(ClfedError):
+    """A configuration key, group or value does not exist or does not fit."""
+
+    code = 2
+    remedy = "clfed --help lists the groups and their choices."
+
+
+class MissingData(ClfedError):
+    """A data set is not where it was looked for."""
+
+    code = 10
+    remedy = "Set data.root to the folder that holds it, or data.download=true."
+
+
+class CorruptData(ClfedError):
+    """A data file exists but cannot be read as what it claims to be."""
+
+    code = 11
+    remedy = "Delete the file and fetch it again."
+
+
+class NotEnoughData(ClfedError):
+    """There are fewer classes or images than the protocol needs."""
+
+    code = 12
+    remedy = "Ask for fewer classes, shots or test images, or choose a larger data set."
+
+
+class UnknownClass(ClfedError):
+    """A class name is not among the known ones."""
+
+    code = 13
+    remedy = "Check the spelling; class names are compared letter by letter."
+
+
+class InvalidEmbedding(ClfedError):
+    """Embeddings are not finite, out of range, or of the wrong shape."""
+
+    code = 20
+    remedy = "Check the images and the backbone that made these embeddings."
+
+
+class EmbeddingMismatch(ClfedError):
+    """Statistics of two different embeddings were about to be mixed."""
+
+    code = 21
+    remedy = "Give every node the same encoder, or start from an empty memory."
+
+
+class InvalidMessage(ClfedError):
+    """A message or memory file breaks the format: counts, shapes, names or versions."""
+
+    code = 22
+    remedy = "Look at the node that sent it; nothing of the message was used."
+
+
+class UnsupportedStatistics(ClfedError):
+    """The memory does not keep the statistics that this operation needs."""
+
+    code = 23
+    remedy = "Keep more: memory.moments=shared or memory.moments=class."
+
+
+class EncoderError(ClfedError):
+    """An encoder or checkpoint file is missing, damaged or does not fit the data."""
+
+    code = 30
+    remedy = "Delete the file; it is made again from the configuration."
+
+
+class FederationError(ClfedError):
+    """Nodes are missing, late, or answered with an error."""
+
+    code = 40
+    remedy = "Look at log.txt in the run folder for the node that failed."
+
+
+class RunFolderError(ClfedError):
+    """The run folder cannot be used or its results break the schema."""
+
+    code = 50
+    remedy = "Choose another run_dir, or free some space."

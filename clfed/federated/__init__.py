@@ -1,0 +1,1 @@
+"""Flower apps, wire format and engines."""

@@ -1,0 +1,164 @@
+"""Statistics as Flower records: lossless, self-describing, and distrusted when they arrive.
+
+One memory or contribution is one :class:`flwr.app.ArrayRecord` with the arrays ``head`` (JSON in
+UTF-8: embedding, classes, and for a contribution its sender and version), ``counts``, ``sums``
+and, where second moments are kept, ``outer``. Integers travel in the narrowest signed type that
+holds them all, so a few-shot message needs no more bytes than float32 would; of the symmetric
+second moments only the upper triangle travels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, RecordDict
+from torch import Tensor
+
+from clfed.errors import InvalidMessage
+from clfed.prototypes import Contribution, PrototypeMemory
+
+WIRE_VERSION = 1
+_INTEGERS = (np.int8, np.int16, np.int32, np.int64)
+
+
+def narrow(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the same integers in the narrowest signed type that holds all of them.
+
+    Example:
+        >>> narrow(np.array([3, -129])).dtype
+        dtype('int16')
+    """
+    if values.size == 0:
+        return values.astype(np.int8)
+    low, high = int(values.min()), int(values.max())
+    kind = next(t for t in _INTEGERS if np.iinfo(t).min <= low and high <= np.iinfo(t).max)
+    return values.astype(kind)
+
+
+def record_bytes(content: RecordDict) -> int:
+    """Return the payload bytes of a message's content, over all of its records."""
+    return sum(record.count_bytes() for record in content.values())
+
+
+def encode_memory(memory: PrototypeMemory) -> ArrayRecord:
+    """Pack a memory for the wire."""
+    return _encode(memory, {})
+
+
+def encode_contribution(contribution: Contribution) -> ArrayRecord:
+    """Pack a node's own rows for the wire."""
+    head = {"contributor": contribution.contributor, "version": contribution.version}
+    return _encode(contribution, head)
+
+
+def decode_memory(record: ArrayRecord) -> PrototypeMemory:
+    """Unpack a memory.
+
+    Raises:
+        InvalidMessage: The record is not a memory of this wire version.
+    """
+    fields, _ = _decode(record)
+    return PrototypeMemory.of(**fields)
+
+
+def decode_contribution(record: ArrayRecord) -> Contribution:
+    """Unpack a contribution; whether its values are plausible is for the ledger to judge.
+
+    Raises:
+        InvalidMessage: The record is not a contribution of this wire version.
+    """
+    fields, head = _decode(record)
+    contributor, version = head.get("contributor"), head.get("version")
+    if not isinstance(contributor, str) or not isinstance(version, int) or version is True:
+        raise InvalidMessage(
+            "A contribution must name its contributor (text) and version (integer), got "
+            f"{contributor!r} and {version!r}."
+        )
+    return Contribution(contributor=contributor, version=version, **fields)
+
+
+def _encode(rows: PrototypeMemory | Contribution, extra: Mapping[str, str | int]) -> ArrayRecord:
+    head = {
+        "wire": WIRE_VERSION,
+        "embedding": rows.embedding_id,
+        "moments": rows.moments,
+        "dim": rows.sums.shape[1],
+        "classes": list(rows.classes),
+        **extra,
+    }
+    text = json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode()
+    arrays = {
+        "head": np.frombuffer(text, np.uint8),
+        "counts": narrow(rows.counts.numpy()),
+        "sums": narrow(rows.sums.numpy()),
+    }
+    if rows.outer is not None:
+        arrays["outer"] = narrow(_triangle(rows.outer).numpy())
+    return ArrayRecord({name: Array(values) for name, values in arrays.items()})
+
+
+def _decode(record: ArrayRecord) -> tuple[dict[str, Any], dict[str, Any]]:
+    if not {"head", "counts", "sums"} <= set(record):
+        raise InvalidMessage(
+            f"A record of statistics needs the arrays head, counts and sums, got {sorted(record)}."
+        )
+    try:
+        head = json.loads(record["head"].numpy().tobytes().decode())
+        classes, dim = tuple(head["classes"]), int(head["dim"])
+        version, moments, embedding = head["wire"], head["moments"], head["embedding"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidMessage(
+            f"The head of a record of statistics is unreadable: {error}."
+        ) from error
+    if version != WIRE_VERSION:
+        raise InvalidMessage(
+            f"The record has wire version {version!r}, this program speaks {WIRE_VERSION}.",
+            remedy="Install the same clfed on every node.",
+        )
+    rows = len(classes)
+    outer = None
+    if moments != "none":
+        shape = (dim, dim) if moments == "shared" else (rows, dim, dim)
+        flat = (*shape[:-2], dim * (dim + 1) // 2)
+        outer = _square(_integers(record, "outer", flat), dim)
+    fields = {
+        "classes": classes,
+        "counts": _integers(record, "counts", (rows,)),
+        "sums": _integers(record, "sums", (rows, dim)),
+        "embedding_id": embedding,
+        "moments": moments,
+        "outer": outer,
+    }
+    return fields, head
+
+
+def _integers(record: ArrayRecord, name: str, shape: tuple[int, ...]) -> Tensor:
+    if name not in record:
+        raise InvalidMessage(f"The record of statistics lacks the array {name!r}.")
+    try:
+        values = record[name].numpy()
+    except (ValueError, TypeError, EOFError) as error:
+        raise InvalidMessage(f"The array {name!r} is unreadable: {error}.") from error
+    if values.dtype not in _INTEGERS or values.shape != shape:
+        raise InvalidMessage(
+            f"The array {name!r} must hold signed integers of shape {shape}, got {values.dtype} of "
+            f"shape {values.shape}."
+        )
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def _triangle(outer: Tensor) -> Tensor:
+    row, column = torch.triu_indices(outer.shape[-1], outer.shape[-1])
+    return outer[..., row, column]
+
+
+def _square(flat: Tensor, dim: int) -> Tensor:
+    row, column = torch.triu_indices(dim, dim)
+    outer = flat.new_zeros(*flat.shape[:-1], dim, dim)
+    outer[..., row, column] = flat
+    outer[..., column, row] = flat
+    return outer

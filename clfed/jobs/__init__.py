@@ -1,0 +1,1 @@
+"""The jobs of the ``clfed`` command, one file each."""

@@ -1,0 +1,286 @@
+"""The training loop of an embedding: Lightning's, with a look at the validation classes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L  # noqa: N812
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from clfed.backbones import Encoder
+from clfed.data.benchmark import ImageSet
+from clfed.errors import InvalidEmbedding, NotEnoughData
+from clfed.learners.base import Batch, EmbeddingLearner
+from clfed.learners.options import Progress, TrainerOptions, TrainingSummary
+from clfed.learners.protonet import squared_distance_logits
+from clfed.seeding import generator
+
+log = logging.getLogger(__name__)
+
+
+def fit(
+    learner: EmbeddingLearner,
+    base: ImageSet,
+    validation: ImageSet,
+    options: TrainerOptions,
+    *,
+    seed: int,
+    checkpoint: Path,
+    encode: Callable[[nn.Module], Encoder],
+    progress: Progress,
+) -> tuple[Encoder, TrainingSummary]:
+    """Train a learner and return the best encoder of its validation curve.
+
+    Args:
+        learner: Changed in place.
+        base: What it learns from.
+        validation: Classes that choose the step; without any, the last step is taken.
+        options: How to train.
+        seed: Decides episodes and the validation split.
+        checkpoint: File that a killed training goes on from.
+        encode: Freezes a backbone.
+        progress: Called after every step.
+
+    Raises:
+        NotEnoughData: Too few base classes or images.
+        InvalidEmbedding: The training diverged.
+    """
+    start = _steps_done(checkpoint)
+    batches = learner.batches(base, seed=seed, start=start)
+    support = validation_split(validation, options.validation_shots, seed)
+    watch = _Watch(
+        learner,
+        validation=validation,
+        support=support,
+        options=options,
+        checkpoint=checkpoint,
+        encode=encode,
+        progress=progress,
+    )
+    with _threads(options.threads), _quiet():
+        trainer = L.Trainer(
+            max_steps=learner.steps,
+            max_epochs=-1,
+            accelerator=options.accelerator,
+            devices=1,
+            precision="bf16-mixed" if options.resolved_precision() != "32" else "32-true",
+            callbacks=[watch],
+            default_root_dir=checkpoint.parent,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        # Its own generator: a loader without one draws from the ambient state.
+        loader = DataLoader(batches, batch_size=None, generator=torch.Generator())
+        trainer.fit(
+            learner,
+            loader,
+            ckpt_path=checkpoint if start else None,
+            weights_only=True if start else None,
+        )
+    if watch.best is None:  # a training killed after its last step
+        watch.look(learner.steps)
+    assert watch.best is not None
+    return watch.best, TrainingSummary(
+        steps=learner.steps,
+        best_step=watch.best_step,
+        validation=watch.curve,
+        precision=options.resolved_precision(),
+        seconds=watch.seconds(),
+    )
+
+
+class _Watch(L.Callback):
+    """Averages the weights, looks at the validation classes, keeps the best, writes checkpoints."""
+
+    def __init__(
+        self,
+        learner: EmbeddingLearner,
+        *,
+        validation: ImageSet,
+        support: Tensor,
+        options: TrainerOptions,
+        checkpoint: Path,
+        encode: Callable[[nn.Module], Encoder],
+        progress: Progress,
+    ) -> None:
+        self.learner, self.validation, self.support = learner, validation, support
+        self.options, self.checkpoint = options, checkpoint
+        self.encode, self.progress = encode, progress
+        self.average = copy.deepcopy(learner.backbone) if learner.ema else learner.backbone
+        self.best: Encoder | None = None
+        self.best_step = 0
+        self.curve: list[list[float]] = []
+        self._before, self._begin = 0.0, time.monotonic()
+
+    def seconds(self) -> float:
+        """Wall time so far, with that of an earlier part of a killed training."""
+        return self._before + time.monotonic() - self._begin
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Do what is due after a step."""
+        step, total = trainer.global_step, self.learner.steps
+        loss = float(outputs["loss"])
+        if not math.isfinite(loss):
+            raise InvalidEmbedding(
+                f"The training diverged: the loss of step {step} is {loss}.",
+                remedy="Set a smaller learner.lr.",
+            )
+        if self.learner.ema:
+            # Early on, the average is over what there is, not over the initial weights.
+            decay = min(self.learner.ema, (step + 1) / (step + 10))
+            average_weights(self.average, self.learner.backbone, decay)
+        if step == total or (step % self.options.validate_every == 0 and len(self.validation)):
+            self.look(step)
+        accuracy = f", validation {self.curve[-1][1]:.3f}" if self.curve else ""
+        self.progress(step, total, f"loss {loss:.3f}{accuracy}")
+        every = self.options.resume_every
+        if every and step % every == 0 and step < total:
+            partial = self.checkpoint.with_suffix(".partial")
+            trainer.save_checkpoint(partial)
+            partial.replace(self.checkpoint)
+
+    def look(self, step: int) -> None:
+        """Freeze the present weights, judge them, and keep them if they are the best so far."""
+        encoder = self.encode(self.average)
+        accuracy = 0.0
+        if len(self.validation):
+            embeddings = encoder.embed(self.validation.images)
+            accuracy = nearest_mean_accuracy(embeddings, self.validation.labels, self.support)
+            self.curve.append([step, accuracy])
+        # The later of two equals has seen more.
+        if self.best is None or accuracy >= max(past for _, past in self.curve or [[0, 0.0]]):
+            self.best, self.best_step = encoder, step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a killed training needs beside what Lightning keeps."""
+        return {
+            "average": self.average.state_dict() if self.learner.ema else {},
+            "best": torch.frombuffer(bytearray(self.best.to_bytes()), dtype=torch.uint8)
+            if self.best
+            else None,
+            "best_step": self.best_step,
+            "curve": self.curve,
+            "seconds": self.seconds(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        if self.learner.ema:
+            self.average.load_state_dict(state_dict["average"])
+        if state_dict["best"] is not None:
+            self.best = Encoder.from_bytes(state_dict["best"].numpy().tobytes())
+        self.best_step, self.curve = state_dict["best_step"], state_dict["curve"]
+        self._before = state_dict["seconds"]
+
+
+@torch.no_grad()
+def average_weights(average: nn.Module, network: nn.Module, decay: float) -> None:
+    r"""Move a running average: :math:`\bar w \leftarrow d \bar w + (1 - d) w`, buffers included.
+
+    Args:
+        average: Changed in place.
+        network: Of the same architecture.
+        decay: :math:`d`; counters among the buffers are copied.
+    """
+    old, new = average.state_dict(), network.state_dict()
+    moving = [name for name, tensor in new.items() if tensor.is_floating_point()]
+    torch._foreach_lerp_([old[name] for name in moving], [new[name] for name in moving], 1 - decay)
+    for name in new.keys() - set(moving):
+        old[name].copy_(new[name])
+
+
+def validation_split(images: ImageSet, shots: int, seed: int) -> Tensor:
+    """Return a mask ``(N,)`` of the images that make the prototypes; the others are classified.
+
+    Each class gives ``shots`` images, but at most three quarters of what it has, drawn by seed.
+
+    Raises:
+        NotEnoughData: A class has a single image.
+    """
+    counts = torch.bincount(images.labels, minlength=len(images.classes))
+    if len(images.classes) and int(counts.min()) < 2:
+        raise NotEnoughData(
+            f"A validation class needs 2 images at least, {images.classes[int(counts.argmin())]!r} "
+            f"has {int(counts.min())}."
+        )
+    shuffled = torch.randperm(len(images), generator=generator(seed, "validation"))
+    grouped = shuffled[images.labels[shuffled].argsort(stable=True)]
+    rank = torch.arange(len(images)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    wanted = torch.minimum(torch.tensor(shots), counts - (counts // 4).clamp(min=1))
+    support = torch.empty(len(images), dtype=torch.bool)
+    support[grouped] = rank < wanted.repeat_interleave(counts)
+    return support
+
+
+def nearest_mean_accuracy(embeddings: Tensor, labels: Tensor, support: Tensor) -> float:
+    """Return the fraction of queries whose nearest class mean is right.
+
+    Args:
+        embeddings: ``(N, D)``.
+        labels: ``(N,)`` int64, each class from 0 with one support image at least.
+        support: ``(N,)`` bool, the images that make the means; the others are the queries.
+    """
+    members = labels[support]
+    counts = torch.bincount(members)
+    sums = torch.zeros(len(counts), embeddings.shape[1], dtype=torch.float64)
+    sums.index_add_(0, members, embeddings[support].double())
+    logits = squared_distance_logits(embeddings[~support].double(), sums / counts[:, None])
+    return float((logits.argmax(1) == labels[~support]).double().mean())
+
+
+def _steps_done(checkpoint: Path) -> int:
+    """Return the step of a checkpoint, 0 without one; a damaged one is reported and removed."""
+    if not checkpoint.is_file():
+        return 0
+    try:
+        return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+    except Exception as error:
+        log.warning("The checkpoint %s is damaged, the training starts anew: %s", checkpoint, error)
+        checkpoint.unlink()
+        return 0
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what Lightning says about hardware, workers and the end of a training."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,265 @@
+"""Base training: from a benchmark's base classes to a frozen encoder, once for each setting."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from clfed.backbones import Encoder, Identity
+from clfed.backbones.encoder import Transform, write_atomically
+from clfed.data.benchmark import Benchmark, ImageSet
+from clfed.errors import ClfedError, ConfigError, EncoderError, NotEnoughData
+from clfed.learners.base import EmbeddingLearner
+from clfed.learners.loop import fit
+from clfed.learners.options import Progress, TrainerOptions, TrainingSummary
+from clfed.seeding import derive_seed
+
+# Raise it when a change of the code changes what the same settings train.
+TRAINING_VERSION = 1
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BaseTraining:
+    """What decides an encoder, next to the data and the seed.
+
+    Args:
+        learner: ``_target_`` and options of a learner; without ``_target_`` nothing is trained.
+        backbone: ``_target_`` and options of a backbone.
+        trainer: How the training runs.
+        feature_map: ``_target_`` and options of a map in ``clfed.prototypes.features``, or None.
+    """
+
+    learner: Mapping[str, Any]
+    backbone: Mapping[str, Any]
+    trainer: TrainerOptions = field(default_factory=TrainerOptions)
+    feature_map: Mapping[str, Any] | None = None
+
+    @classmethod
+    def from_config(cls, cfg: Any) -> BaseTraining:
+        """Read the groups ``learner``, ``backbone``, ``trainer`` and ``memory.feature_map``.
+
+        Args:
+            cfg: A resolved ``DictConfig``.
+
+        Raises:
+            ConfigError: The trainer has no such option.
+        """
+        from omegaconf import OmegaConf
+
+        whole = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+        trainer = whole.get("trainer") or {}
+        known = {option.name for option in fields(TrainerOptions)}
+        if unknown := sorted(set(trainer) - known):
+            raise ConfigError(
+                f"The trainer has no option {unknown[0]!r}; it has {', '.join(sorted(known))}."
+            )
+        return cls(
+            learner=whole["learner"] or {},
+            backbone=whole["backbone"],
+            trainer=TrainerOptions(**trainer),
+            feature_map=(whole.get("memory") or {}).get("feature_map"),
+        )
+
+
+@dataclass(frozen=True)
+class TrainedBase:
+    """An encoder, how it came about, and whether it came from the cache."""
+
+    encoder: Encoder
+    summary: TrainingSummary
+    cached: bool
+
+
+def base_encoder(
+    cfg: BaseTraining,
+    benchmark: Benchmark,
+    *,
+    seed: int,
+    cache: Path,
+    progress: Progress | None = None,
+) -> Encoder:
+    """Return the encoder of :func:`train_base`."""
+    return train_base(cfg, benchmark, seed=seed, cache=cache, progress=progress).encoder
+
+
+def train_base(
+    cfg: BaseTraining,
+    benchmark: Benchmark,
+    *,
+    seed: int,
+    cache: Path,
+    progress: Progress | None = None,
+) -> TrainedBase:
+    """Train a backbone on the base classes, or take the encoder of the same settings from a cache.
+
+    The validation classes alone choose the step whose weights are kept; the field is never looked
+    at. A killed training goes on from its last checkpoint, to the same bits.
+
+    Args:
+        cfg: Learner, backbone and trainer.
+        benchmark: Its groups ``base`` and ``validation`` are used.
+        seed: Decides initial weights, episodes and the validation split.
+        cache: Folder of encoders, made if needed; the key is a hash of everything above.
+        progress: Called with step, steps and a sentence.
+
+    Raises:
+        ConfigError: Learner, backbone and data do not fit together.
+        NotEnoughData: Too few base classes or images for the learner.
+        InvalidEmbedding: The training diverged.
+    """
+    shape = tuple(benchmark.train.images.shape[1:])
+    target = str(cfg.backbone.get("_target_", "")).rpartition(".")[2]
+    if (target == Identity.__name__) != (len(shape) == 1):
+        kind = "ready features" if len(shape) == 1 else "images"
+        raise ConfigError(
+            f"data={benchmark.name} holds {kind}, which backbone {target} does not take.",
+            remedy="Ready features go with backbone=identity, images with any other.",
+        )
+    trained = bool(cfg.learner.get("_target_")) and target != Identity.__name__
+    base = benchmark.train.of_classes(benchmark.groups["base"])
+    validation = benchmark.train.of_classes(benchmark.groups["validation"])
+    if trained and not base.classes:
+        raise NotEnoughData(
+            f"Base training needs base classes, data={benchmark.name} has none.",
+            remedy="Choose data with base classes, or learner=none.",
+        )
+    backbone = _initial_backbone(cfg.backbone, shape, seed)
+    if not trained:
+        encoder = _encoder(backbone, cfg, benchmark)
+        return TrainedBase(encoder, TrainingSummary(0, 0, [], "32", 0.0), cached=False)
+
+    key = cache_key(cfg, benchmark, base, validation, seed)
+    path = cache / "base" / f"{key}.safetensors"
+    if (found := _cached(path)) is not None:
+        return found
+    dim = _encoder(backbone, replace(cfg, feature_map=None), benchmark).dim
+    learner = _learner(cfg.learner, backbone, benchmark, dim, seed)
+    best, summary = fit(
+        learner,
+        base,
+        validation,
+        cfg.trainer,
+        seed=seed,
+        checkpoint=path.with_suffix(".ckpt"),
+        encode=lambda network: _encoder(network, cfg, benchmark),
+        progress=progress or (lambda step, total, text: None),
+    )
+    # The summary first: where there is an encoder, there is its summary.
+    write_atomically(path.with_suffix(".json"), json.dumps(asdict(summary), indent=1).encode())
+    best.save(path)
+    path.with_suffix(".ckpt").unlink(missing_ok=True)
+    return TrainedBase(best, summary, cached=False)
+
+
+def cache_key(
+    cfg: BaseTraining, benchmark: Benchmark, base: ImageSet, validation: ImageSet, seed: int
+) -> str:
+    """Return the SHA-256 of everything that decides the bits of an encoder."""
+    content = {
+        "version": TRAINING_VERSION,
+        "learner": dict(cfg.learner),
+        "backbone": dict(cfg.backbone),
+        "feature_map": cfg.feature_map and dict(cfg.feature_map),
+        "trainer": {
+            "precision": cfg.trainer.resolved_precision(),
+            "threads": cfg.trainer.threads,
+            "validate_every": cfg.trainer.validate_every,
+            "validation_shots": cfg.trainer.validation_shots,
+            "accelerator": cfg.trainer.accelerator,
+        },
+        "base": base.fingerprint,
+        "validation": validation.fingerprint,
+        "transform": [benchmark.mean, benchmark.std],
+        "seed": seed,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def initialisation(seed: int, purpose: str) -> Iterator[None]:
+    """Let modules draw their initial weights from a seed and leave no trace of it behind."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, purpose))
+        yield
+
+
+def _initial_backbone(config: Mapping[str, Any], shape: tuple[int, ...], seed: int) -> nn.Module:
+    channels, size = (*shape, 0)[:2]
+    with initialisation(seed, "backbone"):
+        built = _build(config, "backbone", in_channels=channels, image_size=size)
+    return cast(nn.Module, built)
+
+
+def _learner(
+    config: Mapping[str, Any],
+    backbone: nn.Module,
+    benchmark: Benchmark,
+    dim: int,
+    seed: int,
+) -> EmbeddingLearner:
+    with initialisation(seed, "learner"):
+        learner = _build(
+            config,
+            "learner",
+            backbone=backbone,
+            transform=Transform(benchmark.mean, benchmark.std),
+            num_classes=len(benchmark.groups["base"]),
+            dim=dim,
+        )
+    if not isinstance(learner, EmbeddingLearner):
+        raise ConfigError(
+            f"{type(learner).__name__} does not train an embedding.",
+            remedy="Choose a learner that does: protonet, cross_entropy or none.",
+        )
+    return learner
+
+
+def _build(config: Mapping[str, Any], group: str, **parts: Any) -> Any:
+    """Build what a configuration names; our own errors keep their sentence."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        # Partial, so that hydra does not copy the modules among the parts.
+        make = instantiate({**config, "_partial_": True}, _convert_="all")
+    except InstantiationException as error:
+        raise ConfigError(f"The {group} cannot be built: {error}") from error
+    try:
+        return make(**parts)
+    except ClfedError:
+        raise
+    except TypeError as error:
+        raise ConfigError(f"An option does not fit the {group}: {error}.") from error
+
+
+def _encoder(network: nn.Module, cfg: BaseTraining, benchmark: Benchmark) -> Encoder:
+    return Encoder(
+        network,
+        cfg.backbone,
+        input_shape=benchmark.train.images.shape[1:],
+        mean=benchmark.mean,
+        std=benchmark.std,
+        feature_map=cfg.feature_map,
+    )
+
+
+def _cached(path: Path) -> TrainedBase | None:
+    """Return what the cache holds; a damaged file is reported and made again."""
+    if not path.is_file():
+        return None
+    try:
+        summary = TrainingSummary(**json.loads(path.with_suffix(".json").read_bytes()))
+        return TrainedBase(Encoder.load(path), summary, cached=True)
+    except (EncoderError, OSError, ValueError, TypeError) as error:
+        log.warning("The cached encoder is damaged and is trained again. %s", error)
+        return None

@@ -1,0 +1,108 @@
+"""Files that are either whole or absent, with the same bytes for the same content."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from clfed.errors import InvalidMessage, MissingData, RunFolderError
+
+SCHEMA = 1
+_KEY = "clfed"
+
+
+def pack(tensors: Mapping[str, Tensor], kind: str, header: Mapping[str, Any]) -> bytes:
+    """Safetensors bytes, the same for the same content.
+
+    All metadata sits in one JSON string: safetensors does not promise an order of its keys.
+    """
+    text = json.dumps(
+        {"schema": SCHEMA, "kind": kind, **header}, sort_keys=True, separators=(",", ":")
+    )
+    flat = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(flat, metadata={_KEY: text})
+
+
+def unpack(data: bytes, kind: str, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Inverse of :func:`pack`.
+
+    Args:
+        data: What :func:`pack` returned.
+        kind: The kind that is expected.
+        source: Where the bytes came from, for the message.
+
+    Returns:
+        Tensors by name, and the header.
+
+    Raises:
+        InvalidMessage: Truncated, damaged, of another kind or of a newer schema.
+    """
+    try:
+        tensors = safetensors.torch.load(data)
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_KEY])
+        found, schema = header["kind"], header["schema"]
+    except (safetensors.SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise InvalidMessage(
+            f"expected a clfed {kind} in {source}, got {len(data)} bytes that cannot be read "
+            f"as one ({type(error).__name__}: {error})"
+        ) from error
+    if found != kind or schema != SCHEMA:
+        raise InvalidMessage(
+            f"expected a clfed {kind} of schema {SCHEMA} in {source}, got {found!r} of {schema!r}"
+        )
+    return tensors, header
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        MissingData: There is no file at that path.
+    """
+    try:
+        return Path(path).read_bytes()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise MissingData(
+            f"expected a file at {path}, found none",
+            remedy="Give the path of a file that clfed has saved.",
+        ) from error
+
+
+def write_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write all bytes or none: a crash leaves the former file as it was.
+
+    Raises:
+        RunFolderError: The file cannot be written.
+    """
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        if partial.exists():
+            partial.unlink()
+        raise RunFolderError(f"expected to write {target}, got {error}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # other systems cannot open a folder, and flush renames themselves
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,164 @@
+"""Tables for people: on the console with rich, in documents as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from clfed.reporting.console import console
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["classifiers_table", "console", "markdown_table", "summary_table"]
+
+DESCRIPTIONS = {
+    "merged": "every node's prototypes added up",
+    "pooled": "all images in one place",
+    "isolated": "each node alone",
+    "finetuned": "trained on the newest classes only",
+    "joint": "trained on all images at once",
+}
+
+
+def summary_table(results: Mapping[str, Any]) -> Table:
+    """The table at the end of a run: what each alternative reached, and at what cost.
+
+    What an alternative saw and cost comes from ``alternatives`` in the results. The first one
+    takes the run's own steps where it is not listed there; the others show a dash. Bytes are
+    divided by the number of nodes when ``protocol.nodes`` says how many there are.
+
+    Args:
+        results: Valid results, see :mod:`clfed.reporting.results`.
+    """
+    nodes = results["protocol"].get("nodes")
+    per_node = isinstance(nodes, int) and not isinstance(nodes, bool) and nodes > 0
+    share = nodes if per_node else 1
+    final = results["final"]
+    own = _run_costs(results)
+    rows, notes = [], []
+    for index, (name, accuracy) in enumerate(final["accuracy"].items()):
+        costs = results.get("alternatives", {}).get(name) or (own if index == 0 else {})
+        sent = costs.get("bytes")
+        if note := costs.get("description") or DESCRIPTIONS.get(name):
+            notes.append(f"{name}: {note}")
+        rows.append(
+            (
+                name,
+                _percent(accuracy, final.get("spread", {}).get(name)),
+                _whole(costs.get("classes")),
+                _kilobytes(sent["up"] / share) if sent else "-",
+                _kilobytes(sent["down"] / share) if sent else "-",
+                _seconds(costs.get("seconds")),
+            )
+        )
+    notes.append(f"kB: over the whole run, {'for each node' if per_node else 'all nodes together'}")
+    return _table(
+        f"{results['job']}: all classes together, seed {results['seed']}",
+        ("", "accuracy", "classes", "kB up", "kB down", "seconds"),
+        rows,
+        "\n".join(notes),
+    )
+
+
+def classifiers_table(results: Mapping[str, Any]) -> Table | None:
+    """The ways to read classes off the same memory; None where the job compared none.
+
+    Args:
+        results: Valid results; the rows are those of ``classifiers``.
+    """
+    rows = [
+        (
+            name,
+            _percent(row["accuracy"], row.get("spread")),
+            _kilobytes(row["bytes"]) if "bytes" in row else "-",
+            _seconds(row.get("seconds")),
+        )
+        for name, row in results.get("classifiers", {}).items()
+    ]
+    if not rows:
+        return None
+    title = "Classifiers read off the same memory"
+    return _table(title, ("", "accuracy", "kB of memory", "seconds"), rows)
+
+
+def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows as a Markdown table; columns in the order in which they first occur.
+
+    Args:
+        rows: Cells by column; a missing one stays empty, a float gets four digits.
+
+    Example:
+        >>> print(markdown_table([{"learner": "ncm", "accuracy": 0.93012}]))
+        | learner | accuracy |
+        |---|---:|
+        | ncm | 0.9301 |
+    """
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    numeric = [
+        all(isinstance(row[column], int | float) for row in rows if column in row)
+        for column in columns
+    ]
+    lines = [
+        _markdown_row(columns),
+        "|" + "".join("---:|" if right else "---|" for right in numeric),
+        *(_markdown_row([row.get(column, "") for column in columns]) for row in rows),
+    ]
+    return "\n".join(lines)
+
+
+def _markdown_row(cells: Sequence[object]) -> str:
+    texts = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells)
+    escaped = (text.replace("|", r"\|").replace("\n", " ") for text in texts)
+    return "| " + " | ".join(escaped) + " |"
+
+
+def _run_costs(results: Mapping[str, Any]) -> dict[str, Any]:
+    steps = results["steps"]
+    costs: dict[str, Any] = {"seconds": results["final"]["seconds"]}
+    if steps:
+        ways = ("up", "down")
+        costs["bytes"] = {way: sum(step["bytes"][way] for step in steps) for way in ways}
+        costs["classes"] = steps[-1]["classes"]
+    return costs
+
+
+def _table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = ""
+) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=Text(title, style="bold"),
+        caption=Text(caption, style="dim") if caption else None,
+        box=box.SIMPLE_HEAD,
+        min_width=len(title) + 2,
+        title_justify="left",
+        caption_justify="left",
+    )
+    used = [index for index in range(len(columns)) if any(row[index] != "-" for row in rows)]
+    for index in used:
+        table.add_column(columns[index], justify="right" if index else "left", no_wrap=index > 0)
+    for row in rows:
+        # As Text, because a class or node may be called "[b]", which is markup in a plain string.
+        table.add_row(*(Text(row[index]) for index in used))
+    return table
+
+
+def _percent(fraction: float, spread: float | None) -> str:
+    text = f"{fraction:.1%}"
+    return text if spread is None else f"{text} ± {spread:.1%}"
+
+
+def _whole(value: int | None) -> str:
+    return "-" if value is None else f"{value}"
+
+
+def _kilobytes(size: float) -> str:
+    return f"{size / 1000:,.1f}"
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

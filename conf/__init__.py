@@ -1,0 +1,1 @@
+"""Configuration files of clfed; Hydra reads them from this folder."""

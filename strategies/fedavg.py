@@ -1,0 +1,150 @@
+r"""Federated averaging of a whole network whose head grows with the classes that nodes meet.
+
+.. math:: w \\leftarrow \\sum_k \\frac{n_k}{\\sum_j n_j}\\, w_k
+
+(McMahan et al. 2017, arXiv 1602.05629.) Each node trains on its mission alone and nothing protects
+what was learned before: the lower bound of federated reconnaissance. A head row is averaged over
+the nodes whose head has it, so nodes with different new classes still merge.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from clfed.errors import FederationError
+from clfed.federated.grid import wait_for_nodes
+
+logger = logging.getLogger(__name__)
+
+HEAD = ("head.weight", "head.bias")
+
+
+class GrowingHeadFedAvg(Strategy):
+    """FedAvg over networks with a common backbone and heads over different classes.
+
+    A request holds ``model`` (the network), ``round`` (number, session, classes as JSON) and,
+    for a node's first message, the briefing. A reply holds ``model`` and ``status`` (contributor,
+    classes as JSON, number of examples; 0 examples mean that nothing was trained).
+
+    Args:
+        briefing: Records that a node needs once.
+        session: Text that tells nodes one federation from the next.
+        nodes: Number of nodes to wait for before a round starts.
+        wait: Longest wait for them, seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        briefing: Mapping[str, ArrayRecord | ConfigRecord],
+        session: str,
+        nodes: int = 1,
+        wait: float = 600.0,
+    ) -> None:
+        self.classes: tuple[str, ...] = ()
+        self._arrays = ArrayRecord()
+        self._briefing, self._session = dict(briefing), session
+        self._nodes, self._wait = nodes, wait
+
+    def summary(self) -> None:
+        """Log what this strategy is set to."""
+        logger.info("GrowingHeadFedAvg(nodes=%d)", self._nodes)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send the current network to every node that is there.
+
+        Raises:
+            FederationError: No node came within the waiting time.
+        """
+        ids = wait_for_nodes(grid, self._nodes, timeout=self._wait)
+        if not ids:
+            raise FederationError(f"No node connected within {self._wait:g} s.")
+        self._arrays = arrays
+        head = {
+            **config,
+            "round": server_round,
+            "session": self._session,
+            "classes": json.dumps(self.classes),
+        }
+        content = {"model": arrays, "round": ConfigRecord(head)}
+        first = self._briefing if server_round == 1 else {}
+        return [
+            Message(
+                RecordDict({**content, **first}),
+                dst_node_id=node,
+                message_type=f"{MessageType.TRAIN}.finetune",
+            )
+            for node in ids
+        ]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Average the networks, weighted by their numbers of examples."""
+        trained = [
+            reply.content
+            for reply in replies
+            if reply.has_content() and int(reply.content["status"].get("examples", 0)) > 0
+        ]
+        # Floating point sums depend on their order, and node ids are random in some engines.
+        trained.sort(key=lambda content: str(content["status"]["contributor"]))
+        if not trained:
+            return None, None
+        examples = np.array([int(c["status"]["examples"]) for c in trained], np.float64)
+        heads = [json.loads(str(c["status"]["classes"])) for c in trained]
+        self.classes = tuple(sorted(set().union(self.classes, *heads)))
+        place = {name: row for row, name in enumerate(self.classes)}
+        rows = [np.array([place[name] for name in head]) for head in heads]
+        averaged: dict[str, Array] = {}
+        for key in trained[0]["model"]:
+            values = [content["model"][key].numpy() for content in trained]
+            if key in HEAD:
+                averaged[key] = Array(_average_rows(values, rows, examples, len(place)))
+            elif np.issubdtype(values[0].dtype, np.floating):
+                mean = np.tensordot(examples / examples.sum(), np.stack(values), axes=1)
+                averaged[key] = Array(np.asarray(mean, values[0].dtype))
+            else:
+                averaged[key] = Array(np.asarray(np.max(np.stack(values), axis=0)))
+        metrics = {"classes": len(self.classes), "examples": int(examples.sum())}
+        return ArrayRecord(averaged), MetricRecord(dict(metrics))
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send nothing: the server evaluates."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return nothing, as nothing was sent."""
+        return None
+
+
+def _average_rows(
+    values: list[np.ndarray], rows: list[np.ndarray], examples: np.ndarray, classes: int
+) -> np.ndarray:
+    """Average each head row over the nodes that have it, weighted by examples."""
+    total = np.zeros((classes, *values[0].shape[1:]))
+    weight = np.zeros(classes)
+    for value, place, count in zip(values, rows, examples, strict=True):
+        total[place] += count * value
+        weight[place] += count
+    return (total / weight.reshape(-1, *[1] * (total.ndim - 1))).astype(values[0].dtype)

@@ -1,0 +1,213 @@
+r"""Exact averaging of class prototypes: federated reconnaissance without its two defects.
+
+Nodes send what they have seen themselves, as cumulative counts and sums of embeddings by class; a
+ledger keeps the newest row of each node and class, and the merged table is the sum of the rows:
+
+.. math:: N_c = \\sum_k n_{k,c}, \\qquad S_c = \\sum_k S_{k,c}, \\qquad \\mu_c = S_c / N_c
+
+After Hendryx et al. 2021 (arXiv 2109.00150). Their published code merges already merged vectors,
+which weighs classes that are met again wrongly; ``merge="legacy_double_shrink"`` reproduces it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from clfed.errors import ConfigError, EmbeddingMismatch, FederationError, InvalidMessage
+from clfed.federated.grid import wait_for_nodes
+from clfed.federated.wire import decode_contribution, encode_memory
+from clfed.prototypes import MERGES, Contribution, ContributorLedger, PrototypeMemory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RoundSummary:
+    """What became of the replies of one round.
+
+    Attributes:
+        deltas: New evidence by contributor, in the order of their names.
+        refused: Reason by sender, for replies that were errors or broke a rule.
+        stale: Number of rows that were already known, by contributor.
+        unbriefed: Node ids that asked for the briefing again.
+    """
+
+    deltas: Mapping[str, PrototypeMemory] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    stale: Mapping[str, int] = field(default_factory=dict)
+    unbriefed: tuple[int, ...] = ()
+
+
+class PrototypeAveraging(Strategy):
+    """Merges the class statistics of all nodes; the order of replies never matters.
+
+    A request holds ``memory`` (the merged table), ``round`` (its number, the session and the
+    version acknowledged for this node) and, for a node that has none yet, the records of the
+    briefing. A reply holds ``status`` (contributor) and ``rows`` (a contribution), or asks for the
+    briefing. Training and evaluation share this one message, so nothing is configured for
+    evaluation.
+
+    Args:
+        empty: The empty memory that fixes embedding, dimension and kept moments.
+        merge: A name in :data:`clfed.prototypes.MERGES`.
+        initial: A contribution that is there before the first round, e.g. of base classes.
+        briefing: Records that a node needs once, e.g. settings and encoder.
+        session: Text that tells nodes one federation from the next; a new one starts afresh.
+        nodes: Number of nodes to wait for before a round starts.
+        wait: Longest wait for them, seconds.
+    """
+
+    def __init__(
+        self,
+        empty: PrototypeMemory,
+        *,
+        merge: str = "pooled",
+        initial: Contribution | None = None,
+        briefing: Mapping[str, ArrayRecord | ConfigRecord] | None = None,
+        session: str = "",
+        nodes: int = 1,
+        wait: float = 600.0,
+    ) -> None:
+        if merge not in MERGES:
+            raise ConfigError(f"merge must be one of {', '.join(MERGES)}, got {merge!r}.")
+        self.ledger = ContributorLedger(empty.dim, empty.embedding_id, empty.moments)
+        if initial is not None:
+            self.ledger.receive(initial)
+        self.memory: PrototypeMemory = self.ledger.total
+        self.last = RoundSummary()
+        self._merge, self._session, self._nodes, self._wait = merge, session, nodes, wait
+        self._briefing = dict(briefing or {})
+        self._contributor: dict[int, str] = {}
+        self._briefed: set[int] = set()
+
+    def summary(self) -> None:
+        """Log what this strategy is set to."""
+        logger.info("PrototypeAveraging(merge=%s, nodes=%d)", self._merge, self._nodes)
+
+    def arrays(self) -> ArrayRecord:
+        """The merged memory as it is sent to nodes."""
+        return encode_memory(self.memory)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Address one message to every node that is there.
+
+        Raises:
+            FederationError: No node came within the waiting time.
+        """
+        ids = wait_for_nodes(grid, self._nodes, timeout=self._wait)
+        if not ids:
+            raise FederationError(f"No node connected within {self._wait:g} s.")
+        messages = []
+        for node in ids:
+            contributor = self._contributor.get(node)
+            acknowledged = 0 if contributor is None else self.ledger.version_of(contributor)
+            head = {
+                **config,
+                "round": server_round,
+                "session": self._session,
+                "acknowledged": acknowledged,
+            }
+            content = RecordDict({"memory": arrays, "round": ConfigRecord(head)})
+            if node not in self._briefed:
+                content.update(self._briefing)
+            messages.append(Message(content, dst_node_id=node, message_type=MessageType.TRAIN))
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Take every acceptable contribution into the ledger; what is refused changes nothing."""
+        arrived: dict[str, Contribution] = {}
+        refused: dict[str, str] = {}
+        unbriefed: list[int] = []
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                refused[f"node id {node}"] = reply.error.reason
+                continue
+            try:
+                contribution = self._read(node, reply.content, unbriefed)
+                if contribution is not None:
+                    if contribution.contributor in arrived:
+                        raise InvalidMessage(
+                            f"Two nodes call themselves {contribution.contributor!r}."
+                        )
+                    arrived[contribution.contributor] = contribution
+            except InvalidMessage as error:
+                refused[f"node id {node}"] = str(error)
+        deltas: dict[str, PrototypeMemory] = {}
+        stale: dict[str, int] = {}
+        for name in sorted(arrived):
+            try:
+                receipt = self.ledger.receive(arrived[name])
+            except (InvalidMessage, EmbeddingMismatch) as error:
+                refused[name] = str(error)
+                continue
+            deltas[name] = receipt.delta
+            if receipt.stale:
+                stale[name] = len(receipt.stale)
+        for sender, reason in refused.items():
+            logger.warning("Round %d: refused the reply of %s: %s", server_round, sender, reason)
+        self._briefed -= set(unbriefed)
+        self.memory = (
+            self.ledger.total
+            if self._merge == "pooled"
+            else MERGES[self._merge](self.memory, list(deltas.values()))
+        )
+        self.last = RoundSummary(deltas, refused, stale, tuple(unbriefed))
+        metrics = {
+            "classes": len(self.memory),
+            "accepted": len(deltas),
+            "refused": len(refused),
+            "stale": sum(stale.values()),
+        }
+        return self.arrays(), MetricRecord(dict(metrics))
+
+    def configure_broadcast(self, grid: Grid) -> Iterable[Message]:
+        """Address the merged memory to every node, for after the last round."""
+        content = RecordDict({"memory": self.arrays()})
+        return [
+            Message(content, dst_node_id=node, message_type=f"{MessageType.QUERY}.merged")
+            for node in sorted(grid.get_node_ids())
+        ]
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send nothing: evaluation travels with training."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return nothing, as nothing was sent."""
+        return None
+
+    def _read(self, node: int, content: RecordDict, unbriefed: list[int]) -> Contribution | None:
+        status = content.get("status")
+        if not isinstance(status, ConfigRecord) or not isinstance(status.get("contributor"), str):
+            raise InvalidMessage("The reply has no status record that names its contributor.")
+        if status.get("needs-briefing"):
+            unbriefed.append(node)
+            return None
+        self._briefed.add(node)
+        self._contributor[node] = str(status["contributor"])
+        rows = content.get("rows")
+        if rows is None:
+            return None
+        if not isinstance(rows, ArrayRecord):
+            raise InvalidMessage("The rows of a reply must be an ArrayRecord.")
+        contribution = decode_contribution(rows)
+        if contribution.contributor != status["contributor"]:
+            raise InvalidMessage(
+                f"{status['contributor']!r} sent rows in the name of {contribution.contributor!r}."
+            )
+        return contribution
