@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from flwr.app import (
@@ -25,12 +26,15 @@ from flwr.app import (
 )
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
 
 from clfed.errors import FederationError
+from clfed.federated import records
 from clfed.federated.grid import wait_for_nodes
 
 logger = logging.getLogger(__name__)
 
+Floats = NDArray[Any]
 HEAD = ("head.weight", "head.bias")
 
 
@@ -83,11 +87,12 @@ class GrowingHeadFedAvg(Strategy):
             "session": self._session,
             "classes": json.dumps(self.classes),
         }
-        content = {"model": arrays, "round": ConfigRecord(head)}
-        first = self._briefing if server_round == 1 else {}
+        content = RecordDict({"model": arrays, "round": ConfigRecord(head)})
+        if server_round == 1:
+            content.update(self._briefing)
         return [
             Message(
-                RecordDict({**content, **first}),
+                content,
                 dst_node_id=node,
                 message_type=f"{MessageType.TRAIN}.finetune",
             )
@@ -98,30 +103,30 @@ class GrowingHeadFedAvg(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Average the networks, weighted by their numbers of examples."""
-        trained = [
-            reply.content
-            for reply in replies
-            if reply.has_content() and int(reply.content["status"].get("examples", 0)) > 0
-        ]
+        trained = [reply.content for reply in replies if reply.has_content()]
+        trained = [c for c in trained if "model" in c and _examples(c) > 0]
         # Floating point sums depend on their order, and node ids are random in some engines.
-        trained.sort(key=lambda content: str(content["status"]["contributor"]))
+        trained.sort(
+            key=lambda content: records.text(records.config(content, "status"), "contributor")
+        )
         if not trained:
             return None, None
-        examples = np.array([int(c["status"]["examples"]) for c in trained], np.float64)
-        heads = [json.loads(str(c["status"]["classes"])) for c in trained]
+        examples = np.array([*map(_examples, trained)], np.float64)
+        heads = [json.loads(records.text(records.config(c, "status"), "classes")) for c in trained]
         self.classes = tuple(sorted(set().union(self.classes, *heads)))
         place = {name: row for row, name in enumerate(self.classes)}
         rows = [np.array([place[name] for name in head]) for head in heads]
+        models = [records.arrays(content, "model") for content in trained]
         averaged: dict[str, Array] = {}
-        for key in trained[0]["model"]:
-            values = [content["model"][key].numpy() for content in trained]
+        for key in models[0]:
+            values = [records.array(model, key).numpy() for model in models]
             if key in HEAD:
-                averaged[key] = Array(_average_rows(values, rows, examples, len(place)))
+                mean = _average_rows(values, rows, examples, len(place))
             elif np.issubdtype(values[0].dtype, np.floating):
                 mean = np.tensordot(examples / examples.sum(), np.stack(values), axes=1)
-                averaged[key] = Array(np.asarray(mean, values[0].dtype))
             else:
-                averaged[key] = Array(np.asarray(np.max(np.stack(values), axis=0)))
+                mean = np.max(np.stack(values), axis=0)
+            averaged[key] = Array(np.asarray(mean, values[0].dtype))
         metrics = {"classes": len(self.classes), "examples": int(examples.sum())}
         return ArrayRecord(averaged), MetricRecord(dict(metrics))
 
@@ -139,12 +144,16 @@ class GrowingHeadFedAvg(Strategy):
 
 
 def _average_rows(
-    values: list[np.ndarray], rows: list[np.ndarray], examples: np.ndarray, classes: int
-) -> np.ndarray:
+    values: list[Floats], rows: list[Floats], examples: Floats, classes: int
+) -> Floats:
     """Average each head row over the nodes that have it, weighted by examples."""
     total = np.zeros((classes, *values[0].shape[1:]))
     weight = np.zeros(classes)
     for value, place, count in zip(values, rows, examples, strict=True):
         total[place] += count * value
         weight[place] += count
-    return (total / weight.reshape(-1, *[1] * (total.ndim - 1))).astype(values[0].dtype)
+    return total / weight.reshape(-1, *[1] * (total.ndim - 1))
+
+
+def _examples(content: RecordDict) -> int:
+    return records.integer(records.config(content, "status"), "examples")

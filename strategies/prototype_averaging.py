@@ -21,6 +21,7 @@ from flwr.serverapp.strategy import Strategy
 
 from clfed.errors import ConfigError, EmbeddingMismatch, FederationError, InvalidMessage
 from clfed.federated.grid import wait_for_nodes
+from clfed.federated.records import arrays, config, text
 from clfed.federated.wire import decode_contribution, encode_memory
 from clfed.prototypes import MERGES, Contribution, ContributorLedger, PrototypeMemory
 
@@ -131,7 +132,7 @@ class PrototypeAveraging(Strategy):
         for reply in replies:
             node = reply.metadata.src_node_id
             if reply.has_error():
-                refused[f"node id {node}"] = reply.error.reason
+                refused[f"node id {node}"] = str(reply.error.reason)
                 continue
             try:
                 contribution = self._read(node, reply.content, unbriefed)
@@ -192,22 +193,18 @@ class PrototypeAveraging(Strategy):
         return None
 
     def _read(self, node: int, content: RecordDict, unbriefed: list[int]) -> Contribution | None:
-        status = content.get("status")
-        if not isinstance(status, ConfigRecord) or not isinstance(status.get("contributor"), str):
-            raise InvalidMessage("The reply has no status record that names its contributor.")
+        status = config(content, "status")
+        contributor = text(status, "contributor")
         if status.get("needs-briefing"):
             unbriefed.append(node)
             return None
         self._briefed.add(node)
-        self._contributor[node] = str(status["contributor"])
-        rows = content.get("rows")
-        if rows is None:
+        self._contributor[node] = contributor
+        if "rows" not in content:
             return None
-        if not isinstance(rows, ArrayRecord):
-            raise InvalidMessage("The rows of a reply must be an ArrayRecord.")
-        contribution = decode_contribution(rows)
-        if contribution.contributor != status["contributor"]:
+        contribution = decode_contribution(arrays(content, "rows"))
+        if contribution.contributor != contributor:
             raise InvalidMessage(
-                f"{status['contributor']!r} sent rows in the name of {contribution.contributor!r}."
+                f"{contributor!r} sent rows in the name of {contribution.contributor!r}."
             )
         return contribution

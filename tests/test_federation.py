@@ -291,7 +291,7 @@ def test_waits_have_limits(settings, encoder, tmp_path):
             return []
 
     strategy, silent = federation(settings, encoder, tmp_path, grid=Silent)
-    with pytest.raises(FederationError, match="within 0.1 s"):
+    with pytest.raises(FederationError, match=r"within 0\.1 s"):
         run_rounds(
             strategy, silent, strategy.arrays(), rounds=1, timeout=0.1, after=lambda *a: None
         )

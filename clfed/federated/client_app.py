@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clfed.federated.node import open_node
+from clfed.federated.records import arrays, config, config_record, integer, text
 from clfed.federated.wire import decode_memory, encode_contribution
 from clfed.seeding import generator
 
 app = ClientApp()
 
-_UNBRIEFED = RecordDict({"status": ConfigRecord({"contributor": "", "needs-briefing": True})})
+_UNBRIEFED = RecordDict({"status": config_record(contributor="", needs_briefing=True)})
 
 
 @app.train()
@@ -22,13 +23,14 @@ def reconnoitre(message: Message, context: Context) -> Message:
     node = open_node(message.content, context)
     if node is None:
         return Message(_UNBRIEFED, reply_to=message)
-    round_, acknowledged = (int(message.content["round"][k]) for k in ("round", "acknowledged"))
+    head = config(message.content, "round")
+    round_, acknowledged = integer(head, "round"), integer(head, "acknowledged")
     node.learn(round_, acknowledged)
-    reply = RecordDict({"status": ConfigRecord({"contributor": node.name})})
+    reply = RecordDict({"status": config_record(contributor=node.name)})
     contribution = node.contribution(acknowledged)
     if contribution is not None:
         reply["rows"] = encode_contribution(contribution)
-    context.state["merged"] = message.content["memory"]
+    context.state["merged"] = arrays(message.content, "memory")
     node.state.write(context.state)
     return Message(reply, reply_to=message)
 
@@ -36,11 +38,9 @@ def reconnoitre(message: Message, context: Context) -> Message:
 @app.query("merged")
 def keep(message: Message, context: Context) -> Message:
     """Keep the merged memory that the server broadcasts, and say what it is."""
-    memory = decode_memory(message.content["memory"])
-    context.state["merged"] = message.content["memory"]
-    return Message(
-        RecordDict({"status": ConfigRecord({"sha256": memory.sha256()})}), reply_to=message
-    )
+    memory = decode_memory(arrays(message.content, "memory"))
+    context.state["merged"] = arrays(message.content, "memory")
+    return Message(RecordDict({"status": config_record(sha256=memory.sha256())}), reply_to=message)
 
 
 @app.train("finetune")
@@ -51,18 +51,19 @@ def finetune(message: Message, context: Context) -> Message:
         return Message(_UNBRIEFED, reply_to=message)
     from clfed.federated.networks import load_network, network_record
 
-    round_ = message.content["round"]
+    head = config(message.content, "round")
+    round_ = integer(head, "round")
     settings = node.state.settings["finetune"]
-    images, labels = node.field.images(node.number, int(round_["round"]))
+    images, labels = node.field.images(node.number, round_)
     learner = load_network(
         node.encoder,
-        message.content["model"],
-        json.loads(str(round_["classes"])),
+        arrays(message.content, "model"),
+        json.loads(text(head, "classes")),
         settings["optimiser"],
     )
     if labels:
         learner.grow(sorted(set(labels)))
-        rng = generator(settings["seed"], "finetune", node.name, int(round_["round"]))
+        rng = generator(settings["seed"], "finetune", node.name, round_)
         learner.fit(
             images,
             learner.label(labels),
@@ -71,10 +72,8 @@ def finetune(message: Message, context: Context) -> Message:
             rng=rng,
         )
     node.state.write(context.state)
-    status = {
-        "contributor": node.name,
-        "classes": json.dumps(learner.classes),
-        "examples": len(labels),
-    }
-    reply = RecordDict({"model": network_record(learner), "status": ConfigRecord(status)})
+    status = config_record(
+        contributor=node.name, classes=json.dumps(learner.classes), examples=len(labels)
+    )
+    reply = RecordDict({"model": network_record(learner), "status": status})
     return Message(reply, reply_to=message)

@@ -41,6 +41,7 @@ def ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    from flwr.server.superlink.fleet.vce.backend import BackendConfig
     from flwr.simulation import run_simulation
 
     server_app = ServerApp()
@@ -54,7 +55,10 @@ def ray(
         except BaseException as error:
             failure.append(error)
 
-    resources = {"num_cpus": cpus_per_node, "num_gpus": gpus_per_node}
+    backend: BackendConfig = {
+        "client_resources": {"num_cpus": cpus_per_node, "num_gpus": gpus_per_node},
+        "init_args": {"logging_level": "error", "log_to_driver": False},
+    }
     logging.getLogger("flwr").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -62,10 +66,7 @@ def ray(
             server_app,
             client_app,
             nodes,
-            backend_config={
-                "client_resources": resources,
-                "init_args": {"logging_level": "error", "log_to_driver": False},
-            },
+            backend_config=backend,
         )
     if failure:
         raise failure[0]

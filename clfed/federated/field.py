@@ -58,8 +58,8 @@ class Field:
         return support.images[mission.indices], names(support, mission.indices)
 
 
-def names(images: ImageSet, indices: Tensor) -> list[str]:
-    """Return the class name of each of these images."""
+def names(images: ImageSet, indices: Tensor | slice = slice(None)) -> list[str]:
+    """Return the class name of each of these images, of all if none are named."""
     return [*map(images.classes.__getitem__, images.labels[indices].tolist())]
 
 

@@ -19,6 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 from clfed.backbones import Encoder
 from clfed.errors import FederationError
 from clfed.federated.field import Field, open_field
+from clfed.federated.records import array, arrays, config, config_record, text
 from clfed.federated.wire import decode_memory, encode_memory
 from clfed.prototypes import Contribution, PrototypeMemory
 
@@ -36,9 +37,11 @@ def briefing(
         encoder: The frozen embedding.
     """
     _encoders[encoder.embedding_id] = encoder
-    head = {"settings": json.dumps(settings, sort_keys=True), "embedding": encoder.embedding_id}
+    head = config_record(
+        settings=json.dumps(settings, sort_keys=True), embedding=encoder.embedding_id
+    )
     weights = np.frombuffer(encoder.to_bytes(), np.uint8)
-    return {"briefing": ConfigRecord(head), "encoder": ArrayRecord({"encoder": Array(weights)})}
+    return {"briefing": head, "encoder": ArrayRecord({"encoder": Array(weights)})}
 
 
 @dataclass
@@ -68,13 +71,13 @@ class NodeState:
         """Return the state kept in a context, ``None`` at the first message."""
         if "node" not in state:
             return None
-        head = json.loads(str(state["node"]["json"]))
-        return cls(own=decode_memory(state["own"]), **head)
+        head = json.loads(text(config(state, "node"), "json"))
+        return cls(own=decode_memory(arrays(state, "own")), **head)
 
     def write(self, state: RecordDict) -> None:
         """Keep this state in a context."""
         head = {k: v for k, v in vars(self).items() if k != "own"}
-        state["node"] = ConfigRecord({"json": json.dumps(head)})
+        state["node"] = config_record(json=json.dumps(head))
         state["own"] = encode_memory(self.own)
 
 
@@ -125,7 +128,7 @@ class Node:
         own = self.state.own
         index = own.rows(fresh)
         # Shared second moments are those of all of a node's examples, whichever rows travel.
-        by_class = own.moments == "class" and own.outer is not None
+        outer = own.outer
         return Contribution(
             contributor=self.name,
             version=self.state.version,
@@ -134,7 +137,7 @@ class Node:
             counts=own.counts[index],
             sums=own.sums[index],
             moments=own.moments,
-            outer=own.outer[index] if by_class else own.outer,
+            outer=outer[index] if outer is not None and outer.ndim == 3 else outer,
         )
 
 
@@ -150,7 +153,7 @@ def open_node(content: RecordDict, context: Context) -> Node | None:
             remedy="Start the SuperNode with --node-config 'partition-id=0 num-partitions=2'.",
         )
     number = int(context.node_config["partition-id"])
-    session = str(content["round"]["session"])
+    session = text(config(content, "round"), "session")
     state = NodeState.read(context.state)
     if state is not None and state.session != session:
         state = None
@@ -168,10 +171,10 @@ def open_node(content: RecordDict, context: Context) -> Node | None:
 
 
 def _briefed(content: RecordDict, session: str) -> NodeState:
-    head = content["briefing"]
-    settings, identity = json.loads(str(head["settings"])), str(head["embedding"])
+    head = config(content, "briefing")
+    settings, identity = json.loads(text(head, "settings")), text(head, "embedding")
     if identity not in _encoders:
-        encoder = Encoder.from_bytes(content["encoder"]["encoder"].numpy().tobytes())
+        encoder = Encoder.from_bytes(array(arrays(content, "encoder"), "encoder").numpy().tobytes())
         encoder.save(_path(identity, Path(settings["cache_dir"])))
         _encoders[identity] = encoder
     own = PrototypeMemory.empty(_encoders[identity].dim, identity, settings["moments"])

@@ -68,7 +68,7 @@ def run_rounds(
         replies = exchange(grid, messages, timeout=timeout)
         good = [r for r in replies if r.has_content()]
         if not good:
-            reasons = sorted({r.error.reason for r in replies if r.has_error()})
+            reasons = sorted({str(r.error.reason) for r in replies if r.has_error()})
             raise FederationError(
                 f"None of {len(messages)} nodes answered round {number} within {timeout:g} s. "
                 + (f"First error: {reasons[0]}" if reasons else "No reply came.")

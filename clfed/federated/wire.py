@@ -51,8 +51,10 @@ def encode_memory(memory: PrototypeMemory) -> ArrayRecord:
 
 def encode_contribution(contribution: Contribution) -> ArrayRecord:
     """Pack a node's own rows for the wire."""
-    head = {"contributor": contribution.contributor, "version": contribution.version}
-    return _encode(contribution, head)
+    return _encode(
+        contribution,
+        {"contributor": contribution.contributor, "version": contribution.version},
+    )
 
 
 def decode_memory(record: ArrayRecord) -> PrototypeMemory:

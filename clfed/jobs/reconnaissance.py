@@ -149,7 +149,7 @@ class _Reconnaissance:
         base = self.plan.base_support
         if base is None:
             return self.empty
-        labels = names(base, slice(None))
+        labels = names(base)
         return self.empty.observe(self.field.embed(base, self.encoder), labels)
 
     def _briefing(self) -> dict[str, Any]:
@@ -248,7 +248,7 @@ class _Reconnaissance:
         strategy = GrowingHeadFedAvg(
             briefing=self._briefing(), session=self.session, nodes=self.plan.nodes
         )
-        start = FineTuning(self.encoder, **_optimiser(job))
+        start = FineTuning(self.encoder, (), **_optimiser(job))
         cost = self.result.costs["finetuned"] = Cost()
 
         def after(report: RoundReport, arrays: ArrayRecord) -> None:

@@ -66,7 +66,7 @@ class CrossEntropy(EmbeddingLearner):
             )
         self.head, self.batch_size, self.label_smoothing = head, batch_size, label_smoothing
         self.rotations = rotations
-        self.augmentation = Augmentation(**augmentation) if augmentation else None
+        self.augmentation = None if augmentation is None else Augmentation(**augmentation)
         rows = self.num_classes * (ROTATIONS if rotations else 1)
         self.weight = nn.Parameter(torch.randn(rows, self.dim) / self.dim**0.5)
         self.bias = nn.Parameter(torch.zeros(rows), requires_grad=head == "linear")

@@ -120,18 +120,18 @@ class FineTuning(L.LightningModule):
         optimiser = self.configure_optimizers()
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=rng)
-            for step, batch in enumerate(order.split(batch_size)):
+            for step, batch in enumerate(torch.split(order, batch_size)):
                 if len(batch) == 1:
                     continue
                 optimiser.zero_grad(set_to_none=True)
-                self.training_step((images[batch], labels[batch]), step).backward()
+                torch.autograd.backward(self.training_step((images[batch], labels[batch]), step))
                 optimiser.step()
 
     @torch.no_grad()
     def predict(self, images: Tensor, batch_size: int = 256) -> Tensor:
         """Return the head row with the largest logit for each image, ``(N,)`` int64."""
         self.eval()
-        parts = [self(batch).argmax(1) for batch in images.split(batch_size)]
+        parts = [self(batch).argmax(1) for batch in torch.split(images, batch_size)]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from clfed.backbones import Encoder
 from clfed.data.benchmark import ImageSet
-from clfed.errors import InvalidEmbedding, NotEnoughData
+from clfed.errors import EncoderError, InvalidEmbedding, NotEnoughData
 from clfed.learners.base import Batch, EmbeddingLearner
 from clfed.learners.options import Progress, TrainerOptions, TrainingSummary
 from clfed.learners.protonet import squared_distance_logits
@@ -84,15 +84,12 @@ def fit(
         )
         # Its own generator: a loader without one draws from the ambient state.
         loader = DataLoader(batches, batch_size=None, generator=torch.Generator())
-        trainer.fit(
-            learner,
-            loader,
-            ckpt_path=checkpoint if start else None,
-            weights_only=True if start else None,
+        trainer.fit(learner, loader, ckpt_path=checkpoint if start else None)
+    if watch.best is None or trainer.global_step < learner.steps:
+        raise EncoderError(
+            f"The training was stopped at step {trainer.global_step} of {learner.steps}.",
+            remedy="Run the command again; it goes on from its last checkpoint.",
         )
-    if watch.best is None:  # a training killed after its last step
-        watch.look(learner.steps)
-    assert watch.best is not None
     return watch.best, TrainingSummary(
         steps=learner.steps,
         best_step=watch.best_step,

@@ -64,7 +64,7 @@ class PrototypicalNetwork(EmbeddingLearner):
         self.way, self.shot, self.query = way, shot, query
         self.metric, self.temperature, self.label_smoothing = metric, temperature, label_smoothing
         self.rotations = rotations
-        self.augmentation = Augmentation(**augmentation) if augmentation else None
+        self.augmentation = None if augmentation is None else Augmentation(**augmentation)
 
     def batches(self, images: ImageSet, *, seed: int, start: int = 0) -> Episodes:
         """Return the episodes; each is ``way`` classes in a row, support before query."""

@@ -154,7 +154,7 @@ class ContributorLedger:
             newer = {c for c in newer if share.marks.get(c, 0) < mark}
         rows, held = plain(message), plain(share.evidence)
         delta = part(rows, newer) - part(held, newer)
-        conflicting = {*(part(rows, same) - part(held, same)).classes}
+        conflicting = {*(part(rows, same) - part(held, same)).classes} if same else set[str]()
         outer_mark = share.outer_mark
         if self.moments == "shared":
             change = outer_change(message, share.evidence)
@@ -164,14 +164,12 @@ class ContributorLedger:
                 change = torch.zeros_like(change)
             delta = replace(delta, moments="shared", outer=change)
             outer_mark = max(mark, outer_mark)
-        total, evidence = self._total + delta, share.evidence + delta
-        self._total = total
-        self._shares[name] = replace(
-            seen,
-            evidence=evidence,
-            outer_mark=outer_mark,
-            marks=share.marks | dict.fromkeys(newer, mark),
-        )
+        if delta:
+            total = self._total + delta  # the last step that may fail
+            seen = replace(seen, evidence=share.evidence + delta)
+            self._total = total
+        marks = share.marks | dict.fromkeys(newer, mark) if newer else share.marks
+        self._shares[name] = replace(seen, outer_mark=outer_mark, marks=marks)
         return Receipt(
             delta,
             accepted=tuple(sorted(newer)),

@@ -50,7 +50,7 @@ class Share:
 
 def part(memory: PrototypeMemory, names: Iterable[str]) -> PrototypeMemory:
     """The rows of those names that a memory has."""
-    present = set(memory.classes).intersection(names)
+    present = [name for name in names if name in memory]
     return memory if len(present) == len(memory) else memory.select(present)
 
 

@@ -335,7 +335,7 @@ def _compact(
     base_test: ImageSet | None,
 ) -> MissionPlan:
     """Keep only the support images that some mission uses, so that nothing else is embedded."""
-    used = torch.cat([m.indices for m in missions]).unique()
+    used = torch.unique(torch.cat([m.indices for m in missions]))
     renumbered = tuple(
         Mission(m.node, m.round, m.classes, torch.searchsorted(used, m.indices)) for m in missions
     )
