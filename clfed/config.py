@@ -28,8 +28,12 @@ def config_dir() -> Path:
 def choices(group: str) -> Iterator[tuple[str, str]]:
     """Yield each choice of a group with its sentence, the first comment of its file."""
     for path in sorted((config_dir() / group).glob("*.yaml")):
-        first = path.read_text(encoding="utf-8").partition("\n")[0]
-        yield path.stem, first.removeprefix("#").strip() if first.startswith("#") else ""
+        comments = [
+            line.removeprefix("#").strip()
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if line.startswith("#") and "@package" not in line
+        ]
+        yield path.stem, comments[0] if comments else ""
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:

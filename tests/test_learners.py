@@ -536,6 +536,28 @@ def test_a_damaged_checkpoint_is_reported(tmp_path, caplog):
     assert trained.encoder.to_bytes() == whole.encoder.to_bytes()
 
 
+def test_a_checkpoint_that_cannot_be_written_is_reported(tmp_path, caplog, monkeypatch):
+    import lightning
+
+    def full_disk(self, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(lightning.Trainer, "save_checkpoint", full_disk)
+    cfg = replace(CFG, trainer=replace(TRAINER, resume_every=2))
+    with caplog.at_level(logging.WARNING):
+        trained = train_base(cfg, benchmark(), seed=0, cache=tmp_path)
+    assert "No space left" in caplog.text
+    assert sorted(p.suffix for p in (tmp_path / "base").iterdir()) == [".json", ".safetensors"]
+    assert trained.summary.best_step > 0
+
+
+def test_a_cache_that_cannot_be_made_is_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cache"):
+        base_encoder(CFG, benchmark(), seed=0, cache=tmp_path / "file")
+
+
 @pytest.mark.slow
 def test_a_killed_training_ends_in_the_same_bytes(tmp_path):
     program = (

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-import tempfile
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import signature
@@ -18,8 +17,10 @@ from torch import Tensor, nn
 
 from clfed.backbones.identity import Identity
 from clfed.errors import ConfigError, EncoderError, InvalidEmbedding
+from clfed.prototypes.storage import write_file
 
 FORMAT = 1
+LARGEST = 2**22  # numbers in one image, a bound on what bytes from a network may ask for
 # An image's embedding changes in its last bits with the batch size, but not with its neighbours,
 # its position or the number of threads; multiples of 32 agree with one another.
 BATCH = 64
@@ -101,7 +102,7 @@ class Encoder:
             "feature_map": dict(feature_map) if feature_map else None,
         }
         _check_metadata(self._meta)
-        copied = copy.deepcopy(backbone).float().eval().requires_grad_(False)
+        copied = copy.deepcopy(backbone).cpu().float().eval().requires_grad_(False)
         self._backbone: nn.Module = copied.to(memory_format=torch.channels_last)
         self._transform = Transform(self._meta["mean"], self._meta["std"])
         self._feature_map: FeatureMap | None = None
@@ -199,8 +200,13 @@ class Encoder:
         return encoder
 
     def save(self, path: str | Path) -> None:
-        """Write :meth:`to_bytes` to a file; a reader sees the old file or the new one whole."""
-        write_atomically(Path(path), self.to_bytes())
+        """Write :meth:`to_bytes` to a file; a reader sees the old file or the new one whole.
+
+        Raises:
+            RunFolderError: The file cannot be written.
+        """
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | Path) -> Encoder:
@@ -220,16 +226,16 @@ class Encoder:
 
     def _probe(self) -> int:
         images = not isinstance(self._backbone, Identity)
-        blank = torch.zeros(BATCH, *self.input_shape, dtype=torch.uint8 if images else None)
         try:
+            blank = torch.zeros(2, *self.input_shape, dtype=torch.uint8 if images else None)
             embeddings = self._forward(blank)
         except RuntimeError as error:
             raise EncoderError(
                 f"The backbone does not take inputs of shape {self.input_shape}: {error}"
             ) from error
-        if embeddings.dim() != 2 or len(embeddings) != BATCH:
+        if embeddings.dim() != 2 or len(embeddings) != len(blank):
             raise EncoderError(
-                f"A backbone must give one row for each of {BATCH} images, "
+                f"A backbone must give one row for each of {len(blank)} images, "
                 f"got shape {tuple(embeddings.shape)}."
             )
         return int(embeddings.shape[1])
@@ -254,21 +260,6 @@ class Encoder:
             )
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a kill or a full disk leaves either the old content or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def _check_metadata(meta: Mapping[str, Any]) -> None:
     """Refuse metadata that are not an encoder's, above all foreign things to build."""
     if not isinstance(meta, Mapping) or meta.get("format") != FORMAT:
@@ -281,7 +272,8 @@ def _check_metadata(meta: Mapping[str, Any]) -> None:
     if not (
         isinstance(shape, list)
         and len(shape) in (1, 3)
-        and all(type(size) is int and 0 < size <= 65536 for size in shape)
+        and all(type(size) is int and size > 0 for size in shape)
+        and math.prod(shape) <= LARGEST
         and isinstance(mean, list)
         and isinstance(std, list)
         and all(isinstance(value, numbers) for value in mean)
@@ -289,7 +281,8 @@ def _check_metadata(meta: Mapping[str, Any]) -> None:
         and len(mean) == len(std) == (shape[0] if len(shape) == 3 else 0)
     ):
         raise EncoderError(
-            f"Input shape {shape}, mean {mean} and std {std} of the encoder do not fit together."
+            f"Input shape {shape}, mean {mean} and std {std} of the encoder do not fit, or "
+            f"an image has more than {LARGEST} numbers."
         )
 
 
@@ -361,7 +354,7 @@ def _build_feature_map(config: Mapping[str, Any] | None, dim: int) -> FeatureMap
         if "dim_in" in signature(found).parameters:
             options.setdefault("dim_in", dim)
         return cast(FeatureMap, found(**options))
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise EncoderError(f"An option does not fit {config['_target_']}: {error}.") from error
 
 

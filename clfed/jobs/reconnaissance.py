@@ -140,7 +140,7 @@ class _Reconnaissance:
     def run(self) -> Draw:
         """Run every alternative on the same missions."""
         strategy = self._reconnoitre()
-        if self.cfg.job.finetuned is not None:
+        if self._wanted(self.cfg.job.finetuned):
             self._finetune()
         self._finish(strategy)
         return self.result
@@ -295,8 +295,14 @@ class _Reconnaissance:
         for name, options in self.cfg.job.classifiers.items():
             classifier = read_off(name, strategy.memory, groups=groups, **options)
             final[name] = fraction(self.judge.correct(classifier, images))
-        if self.cfg.job.joint is not None:
+        if self._wanted(self.cfg.job.joint):
             final["joint"] = self._joint()
+
+    def _wanted(self, alternative: DictConfig | None) -> bool:
+        """Whether this draw runs an alternative that costs a training of its own."""
+        if alternative is None:
+            return False
+        return alternative.draws is None or self.number < alternative.draws
 
     def _pooled(self, round_: int) -> PrototypeMemory:
         """The memory of everything met so far, observed in one place and at once."""

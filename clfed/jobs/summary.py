@@ -106,7 +106,7 @@ def assemble(
         if name not in cfg.job.classifiers
     }
     for name in alternatives.keys() & draws[0].costs.keys():
-        costs = [draw.costs[name] for draw in draws]
+        costs = [draw.costs[name] for draw in draws if name in draw.costs]
         alternatives[name] |= {
             "bytes": {
                 "up": round(_mean([c.up for c in costs])),
@@ -180,10 +180,11 @@ def _protocol(
 
 
 def _accuracy(parts: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    names = list(parts[0])
-    result = {"accuracy": {name: _mean([p[name] for p in parts]) for name in names}}
+    values = {name: [p[name] for p in parts if name in p] for name in parts[0]}
+    result = {"accuracy": {name: _mean(found) for name, found in values.items()}}
     if len(parts) > 1:
-        result["spread"] = {name: statistics.stdev(p[name] for p in parts) for name in names}
+        several = {name: found for name, found in values.items() if len(found) > 1}
+        result["spread"] = {name: statistics.stdev(found) for name, found in several.items()}
     return result
 
 
@@ -192,7 +193,7 @@ def _only(results: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any
     final = dict(results["final"])
     for key in ("accuracy", "spread"):
         if key in final:
-            final[key] = {name: final[key][name] for name in names}
+            final[key] = {name: final[key][name] for name in names if name in final[key]}
     return {**results, "final": final}
 
 

@@ -126,6 +126,10 @@ class _Watch(L.Callback):
         """Wall time so far, with that of an earlier part of a killed training."""
         return self._before + time.monotonic() - self._begin
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the average beside the weights, on whatever device."""
+        self.average.to(pl_module.device)
+
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
@@ -152,9 +156,17 @@ class _Watch(L.Callback):
         self.progress(step, total, f"loss {loss:.3f}{accuracy}")
         every = self.options.resume_every
         if every and step % every == 0 and step < total:
-            partial = self.checkpoint.with_suffix(".partial")
+            self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write the checkpoint whole or not at all; the training itself can do without it."""
+        partial = self.checkpoint.with_suffix(".partial")
+        try:
             trainer.save_checkpoint(partial)
             partial.replace(self.checkpoint)
+        except (OSError, RuntimeError) as error:
+            log.warning("No checkpoint: a killed training would start anew. %s", error)
+            partial.unlink(missing_ok=True)
 
     def look(self, step: int) -> None:
         """Freeze the present weights, judge them, and keep them if they are the best so far."""

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from clfed.backbones import Encoder, Identity
-from clfed.backbones.encoder import Transform, write_atomically
+from clfed.backbones.encoder import Transform
 from clfed.data.benchmark import Benchmark, ImageSet
 from clfed.errors import ClfedError, ConfigError, EncoderError, NotEnoughData
 from clfed.learners.base import EmbeddingLearner
 from clfed.learners.loop import fit
 from clfed.learners.options import Progress, TrainerOptions, TrainingSummary
+from clfed.prototypes.storage import write_file
 from clfed.seeding import derive_seed
 
 # Raise it when a change of the code changes what the same settings train.
@@ -116,6 +117,7 @@ def train_base(
         ConfigError: Learner, backbone and data do not fit together.
         NotEnoughData: Too few base classes or images for the learner.
         InvalidEmbedding: The training diverged.
+        RunFolderError: The encoder cannot be written.
     """
     shape = tuple(benchmark.train.images.shape[1:])
     target = str(cfg.backbone.get("_target_", "")).rpartition(".")[2]
@@ -142,6 +144,7 @@ def train_base(
     path = cache / "base" / f"{key}.safetensors"
     if (found := _cached(path)) is not None:
         return found
+    _make_folder(path.parent)
     dim = _encoder(backbone, replace(cfg, feature_map=None), benchmark).dim
     learner = _learner(cfg.learner, backbone, benchmark, dim, seed)
     best, summary = fit(
@@ -155,7 +158,7 @@ def train_base(
         progress=progress or (lambda step, total, text: None),
     )
     # The summary first: where there is an encoder, there is its summary.
-    write_atomically(path.with_suffix(".json"), json.dumps(asdict(summary), indent=1).encode())
+    write_file(path.with_suffix(".json"), json.dumps(asdict(summary), indent=1).encode())
     best.save(path)
     path.with_suffix(".ckpt").unlink(missing_ok=True)
     return TrainedBase(best, summary, cached=False)
@@ -251,6 +254,16 @@ def _encoder(network: nn.Module, cfg: BaseTraining, benchmark: Benchmark) -> Enc
         std=benchmark.std,
         feature_map=cfg.feature_map,
     )
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"The cache of encoders {folder} cannot be made: {error.strerror}.",
+            remedy="Set cache_dir to a folder that can be written.",
+        ) from error
 
 
 def _cached(path: Path) -> TrainedBase | None:
