@@ -21,7 +21,7 @@ from clfed.config import choices, compose
 from clfed.data.benchmark import Benchmark, ImageSet
 from clfed.errors import ConfigError, EncoderError, InvalidEmbedding, NotEnoughData
 from clfed.learners import CrossEntropy, FineTuning, PrototypicalNetwork
-from clfed.learners.episodes import Augmentation, Episodes, Shuffled, rotate
+from clfed.learners.episodes import Augmentation, Episodes, Shuffled, rotate, with_rotations
 from clfed.learners.loop import average_weights, nearest_mean_accuracy, validation_split
 from clfed.learners.options import TrainerOptions, fast_bfloat16
 from clfed.learners.protonet import squared_distance_logits
@@ -332,6 +332,16 @@ def test_shuffled_batches_label_rotations():
         back = rotate(images, (4 - labels // 3) % 4)
         for image, label in zip(back, labels, strict=True):
             assert (data.images[data.labels == label % 3] == image).flatten(1).all(1).any()
+
+
+def test_all_rotations_of_a_set():
+    data = drawings(3, 4)
+    turned = with_rotations(data)
+    assert len(turned.classes) == 12
+    assert torch.bincount(turned.labels).tolist() == [4] * 12
+    quarter = turned.labels // 3
+    assert torch.equal(rotate(turned.images, (4 - quarter) % 4), data.images.repeat(4, 1, 1, 1))
+    assert torch.equal(turned.labels % 3, data.labels.repeat(4))
 
 
 def test_no_augmentation_leaves_images_alone():

@@ -5,29 +5,27 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from inspect import signature
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from clfed.backbones.build import (
+    FORMAT,
+    FeatureMap,
+    build_backbone,
+    build_feature_map,
+    check_metadata,
+)
 from clfed.backbones.identity import Identity
-from clfed.errors import ConfigError, EncoderError, InvalidEmbedding
+from clfed.errors import EncoderError, InvalidEmbedding
 from clfed.prototypes.storage import write_file
 
-FORMAT = 1
-LARGEST = 2**22  # numbers in one image, a bound on what bytes from a network may ask for
 # An image's embedding changes in its last bits with the batch size, but not with its neighbours,
 # its position or the number of threads; multiples of 32 agree with one another.
 BATCH = 64
-BACKBONES = "clfed.backbones"
-FEATURES = "clfed.prototypes.features"
-
-FeatureMap = Callable[[Tensor], Tensor]
 
 
 class Transform:
@@ -101,12 +99,12 @@ class Encoder:
             "std": [float(value) for value in std],
             "feature_map": dict(feature_map) if feature_map else None,
         }
-        _check_metadata(self._meta)
+        check_metadata(self._meta)
         copied = copy.deepcopy(backbone).cpu().float().eval().requires_grad_(False)
         self._backbone: nn.Module = copied.to(memory_format=torch.channels_last)
         self._transform = Transform(self._meta["mean"], self._meta["std"])
         self._feature_map: FeatureMap | None = None
-        self._feature_map = _build_feature_map(self._meta["feature_map"], self._probe())
+        self._feature_map = build_feature_map(self._meta["feature_map"], self._probe())
         self.dim = self._probe()
         self.embedding_id = _identity(self._meta, self._backbone.state_dict())
 
@@ -181,9 +179,9 @@ class Encoder:
             expected = meta.pop("embedding_id")
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise EncoderError(f"These {len(data)} bytes are not an encoder: {error}.") from error
-        _check_metadata(meta)
+        check_metadata(meta)
         tensors.pop("empty", None)
-        backbone = _build_backbone(meta, tensors)
+        backbone = build_backbone(meta, tensors)
         encoder = cls(
             backbone,
             meta["backbone"],
@@ -258,104 +256,6 @@ class Encoder:
                 f"got {images.dtype} of shape {tuple(images.shape)}.",
                 remedy="Use the data set that the encoder was made for, or make a new encoder.",
             )
-
-
-def _check_metadata(meta: Mapping[str, Any]) -> None:
-    """Refuse metadata that are not an encoder's, above all foreign things to build."""
-    if not isinstance(meta, Mapping) or meta.get("format") != FORMAT:
-        raise EncoderError(f"Expected encoder format {FORMAT}.", remedy="Install the same clfed.")
-    _safe_backbone(meta.get("backbone"))
-    if meta.get("feature_map") is not None:
-        _safe_object(meta["feature_map"], FEATURES)
-    shape, mean, std = (meta.get(key) for key in ("input_shape", "mean", "std"))
-    numbers = (int, float)
-    if not (
-        isinstance(shape, list)
-        and len(shape) in (1, 3)
-        and all(type(size) is int and size > 0 for size in shape)
-        and math.prod(shape) <= LARGEST
-        and isinstance(mean, list)
-        and isinstance(std, list)
-        and all(isinstance(value, numbers) for value in mean)
-        and all(isinstance(value, numbers) and value > 0 for value in std)
-        and len(mean) == len(std) == (shape[0] if len(shape) == 3 else 0)
-    ):
-        raise EncoderError(
-            f"Input shape {shape}, mean {mean} and std {std} of the encoder do not fit, or "
-            f"an image has more than {LARGEST} numbers."
-        )
-
-
-def _safe_object(config: Any, package: str) -> Callable[..., Any]:
-    """Return the class or function that a configuration names, if it is one of ours."""
-    from hydra.utils import get_object
-
-    target = config.get("_target_") if isinstance(config, Mapping) else None
-    if not isinstance(target, str) or not target.startswith(f"{package}."):
-        raise EncoderError(
-            f"An encoder may only be built from {package}, got {target!r}.",
-            remedy="Do not use this encoder: it may come from somebody who means harm.",
-        )
-    try:
-        found = get_object(target)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise EncoderError(f"{target} is not known here.") from error
-    # A module of ours also leads to everything that it imports.
-    home = str(getattr(found, "__module__", ""))
-    if not callable(found) or not home.startswith(package):
-        raise EncoderError(f"{target} is not defined in {package}.")
-    return cast(Callable[..., Any], found)
-
-
-def _safe_backbone(config: Any) -> tuple[type[nn.Module], dict[str, Any]]:
-    found = _safe_object(config, BACKBONES)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise EncoderError(f"{config['_target_']} is not a backbone.")
-    return found, _options(config)
-
-
-def _options(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "_target_"}
-
-
-def _build_backbone(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Build the backbone and give it its weights; the tensors must fit before memory is used."""
-    channels, size = ([*meta["input_shape"], 0])[:2]
-    make, options = _safe_backbone(meta["backbone"])
-    options |= {"in_channels": channels, "image_size": size}
-    try:
-        backbone = _without_memory(lambda: make(**options))
-        backbone.load_state_dict(dict(tensors), strict=True, assign=True)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise EncoderError(f"The weights do not fit the backbone: {error}") from error
-    return backbone
-
-
-def _without_memory(build: Callable[[], nn.Module]) -> nn.Module:
-    """Build a module whose weights are yet to come."""
-    try:
-        with torch.device("meta"):
-            return build()
-    except NotImplementedError:  # a few models of torchvision look at their initial weights
-        with torch.random.fork_rng(devices=[]):
-            return build()
-
-
-def _build_feature_map(config: Mapping[str, Any] | None, dim: int) -> FeatureMap | None:
-    if config is None:
-        return None
-    found = _safe_object(config, FEATURES)
-    options = _options(config)
-    try:
-        if not isinstance(found, type):
-            return cast(FeatureMap, partial(found, **options))
-        if "dim_in" in signature(found).parameters:
-            options.setdefault("dim_in", dim)
-        return cast(FeatureMap, found(**options))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise EncoderError(f"An option does not fit {config['_target_']}: {error}.") from error
 
 
 def _identity(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

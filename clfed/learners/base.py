@@ -45,6 +45,9 @@ class EmbeddingLearner(L.LightningModule):
         ConfigError: An option has no such choice or is out of range.
     """
 
+    #: Whether rotated classes count as further classes, in validation too.
+    rotations: bool = False
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -214,6 +214,14 @@ class Shuffled(_Steps):
         return drawn % len(self.data), drawn // len(self.data)
 
 
+def with_rotations(images: ImageSet) -> ImageSet:
+    """Return four times the classes: class ``c`` turned ``r`` times is ``c + r * len(classes)``."""
+    turned = [torch.rot90(images.images, turns, (-2, -1)) for turns in range(ROTATIONS)]
+    labels = [images.labels + turns * len(images.classes) for turns in range(ROTATIONS)]
+    names = [f"{number}" for number in range(ROTATIONS * len(images.classes))]
+    return ImageSet(torch.cat(turned), torch.cat(labels), tuple(names))
+
+
 def rotate(images: Tensor, quarter_turns: Tensor) -> Tensor:
     """Rotate each image of ``(B, C, H, W)`` by its own number of quarter turns ``(B,)``."""
     if not bool(quarter_turns.any()):

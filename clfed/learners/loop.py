@@ -21,6 +21,7 @@ from clfed.backbones import Encoder
 from clfed.data.benchmark import ImageSet
 from clfed.errors import EncoderError, InvalidEmbedding, NotEnoughData
 from clfed.learners.base import Batch, EmbeddingLearner
+from clfed.learners.episodes import with_rotations
 from clfed.learners.options import Progress, TrainerOptions, TrainingSummary
 from clfed.learners.protonet import squared_distance_logits
 from clfed.seeding import generator
@@ -57,6 +58,8 @@ def fit(
     """
     start = _steps_done(checkpoint)
     batches = learner.batches(base, seed=seed, start=start)
+    if learner.rotations:  # as many ways to be wrong as in training
+        validation = with_rotations(validation)
     support = validation_split(validation, options.validation_shots, seed)
     watch = _Watch(
         learner,

@@ -66,7 +66,8 @@ class TrainingSummary:
         steps: Steps (episodes or batches) of the training, 0 without one.
         best_step: The step whose weights became the encoder.
         validation: ``[step, accuracy]`` pairs; accuracy over images of the nearest class mean
-            among all validation classes. Empty without validation classes.
+            among all validation classes (rotated
+            ones included if the learner rotates). Empty without validation classes.
         precision: ``32`` or ``bf16-mixed``.
         seconds: Wall time, of all parts of a training that was killed and went on.
     """
