@@ -106,6 +106,9 @@ def build(config: Mapping[str, Any], /, **arguments: Any) -> Any:
         raise ConfigError(f"{target} cannot be used: {one_sentence(error)}") from error
     try:
         inspect.signature(call.func).bind(*call.args, **{**call.keywords, **arguments})
+        return call(**arguments)
     except TypeError as error:
+        # A class may hand its options on, so the signature alone does not tell.
+        if "argument" not in str(error):
+            raise
         raise ConfigError(f"The settings of {target} do not fit: {error}.") from error
-    return call(**arguments)

@@ -10,11 +10,11 @@ the nodes whose head has it, so nodes with different new classes still merge.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from clfed.strategies.base import TrainOnly
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -25,20 +25,15 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from clfed.errors import FederationError
 from clfed.federated import records
-from clfed.federated.grid import wait_for_nodes
-
-logger = logging.getLogger(__name__)
 
 Floats = NDArray[Any]
 HEAD = ("head.weight", "head.bias")
 
 
-class GrowingHeadFedAvg(Strategy):
+class GrowingHeadFedAvg(TrainOnly):
     """FedAvg over networks with a common backbone and heads over different classes.
 
     A request holds ``model`` (the network), ``round`` (number, session, classes as JSON) and,
@@ -47,27 +42,15 @@ class GrowingHeadFedAvg(Strategy):
 
     Args:
         briefing: Records that a node needs once.
-        session: Text that tells nodes one federation from the next.
-        nodes: Number of nodes to wait for before a round starts.
-        wait: Longest wait for them, seconds.
+        options: Of :class:`~clfed.strategies.base.TrainOnly`.
     """
 
     def __init__(
-        self,
-        *,
-        briefing: Mapping[str, ArrayRecord | ConfigRecord],
-        session: str,
-        nodes: int = 1,
-        wait: float = 600.0,
+        self, *, briefing: Mapping[str, ArrayRecord | ConfigRecord], **options: Any
     ) -> None:
+        super().__init__(**options)
         self.classes: tuple[str, ...] = ()
-        self._arrays = ArrayRecord()
-        self._briefing, self._session = dict(briefing), session
-        self._nodes, self._wait = nodes, wait
-
-    def summary(self) -> None:
-        """Log what this strategy is set to."""
-        logger.info("GrowingHeadFedAvg(nodes=%d)", self._nodes)
+        self._briefing = dict(briefing)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -77,26 +60,13 @@ class GrowingHeadFedAvg(Strategy):
         Raises:
             FederationError: No node came within the waiting time.
         """
-        ids = wait_for_nodes(grid, self._nodes, timeout=self._wait)
-        if not ids:
-            raise FederationError(f"No node connected within {self._wait:g} s.")
-        self._arrays = arrays
-        head = {
-            **config,
-            "round": server_round,
-            "session": self._session,
-            "classes": json.dumps(self.classes),
-        }
-        content = RecordDict({"model": arrays, "round": ConfigRecord(head)})
+        head = self.head(server_round, config, classes=json.dumps(self.classes))
+        content = RecordDict({"model": arrays, "round": head})
         if server_round == 1:
             content.update(self._briefing)
         return [
-            Message(
-                content,
-                dst_node_id=node,
-                message_type=f"{MessageType.TRAIN}.finetune",
-            )
-            for node in ids
+            Message(content, dst_node_id=node, message_type=f"{MessageType.TRAIN}.finetune")
+            for node in self.connected(grid)
         ]
 
     def aggregate_train(
@@ -129,18 +99,6 @@ class GrowingHeadFedAvg(Strategy):
             averaged[key] = Array(np.asarray(mean, values[0].dtype))
         metrics = {"classes": len(self.classes), "examples": int(examples.sum())}
         return ArrayRecord(averaged), MetricRecord(dict(metrics))
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Send nothing: the server evaluates."""
-        return []
-
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:
-        """Return nothing, as nothing was sent."""
-        return None
 
 
 def _average_rows(

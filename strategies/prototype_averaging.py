@@ -14,13 +14,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from clfed.strategies.base import TrainOnly
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 
-from clfed.errors import ConfigError, EmbeddingMismatch, FederationError, InvalidMessage
-from clfed.federated.grid import wait_for_nodes
+from clfed.errors import ClfedError, ConfigError, InvalidMessage
 from clfed.federated.records import arrays, config, text
 from clfed.federated.wire import decode_contribution, encode_memory
 from clfed.prototypes import MERGES, Contribution, ContributorLedger, PrototypeMemory
@@ -45,7 +45,7 @@ class RoundSummary:
     unbriefed: tuple[int, ...] = ()
 
 
-class PrototypeAveraging(Strategy):
+class PrototypeAveraging(TrainOnly):
     """Merges the class statistics of all nodes; the order of replies never matters.
 
     A request holds ``memory`` (the merged table), ``round`` (its number, the session and the
@@ -59,9 +59,7 @@ class PrototypeAveraging(Strategy):
         merge: A name in :data:`clfed.prototypes.MERGES`.
         initial: A contribution that is there before the first round, e.g. of base classes.
         briefing: Records that a node needs once, e.g. settings and encoder.
-        session: Text that tells nodes one federation from the next; a new one starts afresh.
-        nodes: Number of nodes to wait for before a round starts.
-        wait: Longest wait for them, seconds.
+        options: Of :class:`~clfed.strategies.base.TrainOnly`.
     """
 
     def __init__(
@@ -71,10 +69,9 @@ class PrototypeAveraging(Strategy):
         merge: str = "pooled",
         initial: Contribution | None = None,
         briefing: Mapping[str, ArrayRecord | ConfigRecord] | None = None,
-        session: str = "",
-        nodes: int = 1,
-        wait: float = 600.0,
+        **options: Any,
     ) -> None:
+        super().__init__(**options)
         if merge not in MERGES:
             raise ConfigError(f"merge must be one of {', '.join(MERGES)}, got {merge!r}.")
         self.ledger = ContributorLedger(empty.dim, empty.embedding_id, empty.moments)
@@ -82,14 +79,10 @@ class PrototypeAveraging(Strategy):
             self.ledger.receive(initial)
         self.memory: PrototypeMemory = self.ledger.total
         self.last = RoundSummary()
-        self._merge, self._session, self._nodes, self._wait = merge, session, nodes, wait
+        self._merge = merge
         self._briefing = dict(briefing or {})
         self._contributor: dict[int, str] = {}
         self._briefed: set[int] = set()
-
-    def summary(self) -> None:
-        """Log what this strategy is set to."""
-        logger.info("PrototypeAveraging(merge=%s, nodes=%d)", self._merge, self._nodes)
 
     def arrays(self) -> ArrayRecord:
         """The merged memory as it is sent to nodes."""
@@ -103,20 +96,12 @@ class PrototypeAveraging(Strategy):
         Raises:
             FederationError: No node came within the waiting time.
         """
-        ids = wait_for_nodes(grid, self._nodes, timeout=self._wait)
-        if not ids:
-            raise FederationError(f"No node connected within {self._wait:g} s.")
         messages = []
-        for node in ids:
+        for node in self.connected(grid):
             contributor = self._contributor.get(node)
             acknowledged = 0 if contributor is None else self.ledger.version_of(contributor)
-            head = {
-                **config,
-                "round": server_round,
-                "session": self._session,
-                "acknowledged": acknowledged,
-            }
-            content = RecordDict({"memory": arrays, "round": ConfigRecord(head)})
+            head = self.head(server_round, config, acknowledged=acknowledged)
+            content = RecordDict({"memory": arrays, "round": head})
             if node not in self._briefed:
                 content.update(self._briefing)
             messages.append(Message(content, dst_node_id=node, message_type=MessageType.TRAIN))
@@ -149,7 +134,7 @@ class PrototypeAveraging(Strategy):
         for name in sorted(arrived):
             try:
                 receipt = self.ledger.receive(arrived[name])
-            except (InvalidMessage, EmbeddingMismatch) as error:
+            except ClfedError as error:
                 refused[name] = str(error)
                 continue
             deltas[name] = receipt.delta
@@ -179,18 +164,6 @@ class PrototypeAveraging(Strategy):
             Message(content, dst_node_id=node, message_type=f"{MessageType.QUERY}.merged")
             for node in sorted(grid.get_node_ids())
         ]
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Send nothing: evaluation travels with training."""
-        return []
-
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:
-        """Return nothing, as nothing was sent."""
-        return None
 
     def _read(self, node: int, content: RecordDict, unbriefed: list[int]) -> Contribution | None:
         status = config(content, "status")

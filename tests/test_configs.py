@@ -10,7 +10,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from clfed.cli import GROUPS, USAGE
-from clfed.config import choices, compose, config_dir
+from clfed.config import build, choices, compose, config_dir
 from clfed.errors import ConfigError
 
 FOLDER = config_dir()
@@ -126,3 +126,21 @@ def test_what_does_not_compose_is_one_sentence(overrides):
     with pytest.raises(ConfigError) as caught:
         compose(overrides)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_settings_that_a_target_does_not_take_are_refused():
+    with pytest.raises(ConfigError, match="magic"):
+        build({"_target_": "clfed.federated.engines.local", "magic": 1}, serve=print, nodes=1)
+    options = {"briefing": {}, "session": "s", "magic": 1}
+    with pytest.raises(ConfigError, match="magic"):
+        build({"_target_": "clfed.strategies.GrowingHeadFedAvg", **options})
+    with pytest.raises(ConfigError, match=r"clfed\.nowhere"):
+        build({"_target_": "clfed.nowhere"})
+
+
+def test_a_mistake_of_the_program_is_not_blamed_on_the_settings():
+    def serve(grid):
+        raise TypeError("f() got an unexpected keyword argument 'x'")
+
+    with pytest.raises(TypeError, match="'x'"):
+        build({"_target_": "clfed.federated.engines.local"}, serve=serve, nodes=1)

@@ -296,7 +296,7 @@ def test_waits_have_limits(settings, encoder, tmp_path):
             strategy, silent, strategy.arrays(), rounds=1, timeout=0.1, after=lambda *a: None
         )
     strategy, _ = federation(settings, encoder, tmp_path)
-    strategy._wait = 0.1
+    strategy.wait = 0.1
     with pytest.raises(FederationError, match="No node"):
         run(strategy, LocalGrid(app, []))
 

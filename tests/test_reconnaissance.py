@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import pytest
 from golden import regenerate
+from omegaconf import OmegaConf
 from sklearn.datasets import load_digits
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
@@ -15,10 +16,12 @@ from sklearn.linear_model import Ridge
 from clfed.config import compose
 from clfed.errors import FederationError
 from clfed.federated.client_app import app
+from clfed.federated.field import field_settings, open_field
 from clfed.federated.grid import LocalGrid
 from clfed.jobs import reconnaissance
 from clfed.prototypes import PrototypeMemory
 from clfed.reporting.results import validate
+from clfed.seeding import derive_seed
 
 DIGITS = (
     "data=digits",
@@ -39,24 +42,20 @@ WITH_BASE = (*BARE, "data.base_classes=5", "scenario.include_base=true", "scenar
 
 
 @pytest.fixture
-def job(tmp_path, monkeypatch):
-    """Run the job: ``results, folder, plans``; the plans are those that it drew."""
+def job(tmp_path):
+    """Run the job: ``results, folder, plans``, one plan a draw."""
     runs = 0
 
     def run(*overrides: str, engine=None):
         nonlocal runs
         runs += 1
-        plans = []
-        opened = reconnaissance.open_field
-
-        def spy(settings):
-            plans.append(opened(settings).plan)
-            return opened(settings)
-
-        monkeypatch.setattr(reconnaissance, "open_field", spy)
         places = (f"run_dir={tmp_path / str(runs)}", f"cache_dir={tmp_path / 'cache'}")
-        folder = reconnaissance.run(compose([*overrides, *places]), engine)
-        monkeypatch.setattr(reconnaissance, "open_field", opened)
+        cfg = compose([*overrides, *places])
+        folder = reconnaissance.run(cfg, engine)
+        plain = OmegaConf.to_container(cfg)
+        seeds = [derive_seed(cfg.seed, "draw", draw) for draw in range(cfg.job.draws)]
+        drawn = [field_settings(plain["data"], plain["scenario"], seed) for seed in seeds]
+        plans = [open_field(settings).plan for settings in drawn]
         return json.loads((folder / "results.json").read_text()), folder, plans
 
     return run

@@ -22,13 +22,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+import torch
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
 from clfed.backbones import Encoder
 from clfed.config import build
+from clfed.errors import ConfigError
 from clfed.evaluation.judge import Judge, fraction
 from clfed.federated.field import Field, field_settings, names, open_field
 from clfed.federated.grid import exchange
@@ -38,7 +40,14 @@ from clfed.federated.rounds import RoundReport, run_rounds
 from clfed.federated.wire import record_bytes
 from clfed.jobs.run import Run, open_run, train_encoder
 from clfed.learners.fine_tuning import FineTuning
-from clfed.prototypes import Contribution, PrototypeMemory, read_off
+from clfed.prototypes import (
+    MERGES,
+    Contribution,
+    ContributorLedger,
+    Moments,
+    PrototypeMemory,
+    read_off,
+)
 from clfed.seeding import derive_seed, generator
 from clfed.strategies import GrowingHeadFedAvg, PrototypeAveraging
 
@@ -94,9 +103,11 @@ def run(cfg: DictConfig, engine: Engine | None = None) -> Path:
     Raises:
         ClfedError: Anything that the user can mend.
     """
+    rehearse(cfg)
     with open_run(cfg) as run:
+        with run.track.phase("data and missions"):
+            fields = [open_field(_settings(run.config, d)) for d in range(cfg.job.draws)]
         encoder, training = train_encoder(cfg, run)
-        fields = [open_field(_settings(run.config, d)) for d in range(cfg.job.draws)]
         draws: list[Draw] = []
 
         def serve(grid: Grid) -> None:
@@ -111,6 +122,29 @@ def run(cfg: DictConfig, engine: Engine | None = None) -> Path:
         seconds = time.perf_counter() - start
         report(cfg, run, fields[0], encoder, draws, training=training, seconds=seconds)
         return run.folder.path
+
+
+def rehearse(cfg: DictConfig) -> None:
+    """Refuse what would fail only after the training, on a memory of two classes.
+
+    Raises:
+        ConfigError: The merge rule, a classifier or one of its options does not exist.
+        UnsupportedStatistics: A classifier needs second moments that ``memory.moments`` leaves out.
+    """
+    if cfg.merge not in MERGES:
+        raise ConfigError(f"merge must be one of {', '.join(MERGES)}, got {cfg.merge!r}.")
+    if not isinstance(cfg.job.draws, int) or cfg.job.draws < 1:
+        raise ConfigError(f"job.draws must be a whole number of at least 1, got {cfg.job.draws!r}.")
+    if cfg.memory.moments not in get_args(Moments):
+        raise ConfigError(
+            f"memory.moments must be one of {', '.join(get_args(Moments))}, "
+            f"got {cfg.memory.moments!r}."
+        )
+    ledger = ContributorLedger(2, "rehearsal", cfg.memory.moments)
+    seen = ledger.total.observe(torch.eye(4)[:, :2], ["a", "b", "a", "b"])
+    ledger.receive(Contribution.of("nobody", 1, seen))
+    for name, options in {cfg.job.classifier: {}, **cfg.job.classifiers}.items():
+        read_off(name, ledger.total, groups=ledger.groups(), **options)
 
 
 def _settings(config: Mapping[str, Any], draw: int) -> str:

@@ -72,8 +72,7 @@ def train_encoder(cfg: DictConfig, run: Run) -> tuple[Encoder, dict[str, Any] | 
         :class:`clfed.learners.options.TrainingSummary` and whether it was cached; ``None`` where
         nothing is trained.
     """
-    with run.track.phase("data"):
-        benchmark = open_benchmark(run.config["data"])
+    benchmark = open_benchmark(run.config["data"])
     with run.track.phase("base training", run.config["learner"].get("steps")) as bar:
         trained = train_base(
             BaseTraining.from_config(cfg),

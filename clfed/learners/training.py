@@ -16,8 +16,9 @@ from torch import nn
 
 from clfed.backbones import Encoder, Identity
 from clfed.backbones.encoder import Transform
+from clfed.config import build
 from clfed.data.benchmark import Benchmark, ImageSet
-from clfed.errors import ClfedError, ConfigError, EncoderError, NotEnoughData
+from clfed.errors import ConfigError, EncoderError, NotEnoughData
 from clfed.learners.base import EmbeddingLearner
 from clfed.learners.loop import fit
 from clfed.learners.options import Progress, TrainerOptions, TrainingSummary
@@ -199,7 +200,7 @@ def initialisation(seed: int, purpose: str) -> Iterator[None]:
 def _initial_backbone(config: Mapping[str, Any], shape: tuple[int, ...], seed: int) -> nn.Module:
     channels, size = (*shape, 0)[:2]
     with initialisation(seed, "backbone"):
-        built = _build(config, "backbone", in_channels=channels, image_size=size)
+        built = build(config, in_channels=channels, image_size=size)
     return cast(nn.Module, built)
 
 
@@ -211,9 +212,8 @@ def _learner(
     seed: int,
 ) -> EmbeddingLearner:
     with initialisation(seed, "learner"):
-        learner = _build(
+        learner = build(
             config,
-            "learner",
             backbone=backbone,
             transform=Transform(benchmark.mean, benchmark.std),
             num_classes=len(benchmark.groups["base"]),
@@ -225,24 +225,6 @@ def _learner(
             remedy="Choose a learner that does: protonet, cross_entropy or none.",
         )
     return learner
-
-
-def _build(config: Mapping[str, Any], group: str, **parts: Any) -> Any:
-    """Build what a configuration names; our own errors keep their sentence."""
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
-    try:
-        # Partial, so that hydra does not copy the modules among the parts.
-        make = instantiate({**config, "_partial_": True}, _convert_="all")
-    except InstantiationException as error:
-        raise ConfigError(f"The {group} cannot be built: {error}") from error
-    try:
-        return make(**parts)
-    except ClfedError:
-        raise
-    except TypeError as error:
-        raise ConfigError(f"An option does not fit the {group}: {error}.") from error
 
 
 def _encoder(network: nn.Module, cfg: BaseTraining, benchmark: Benchmark) -> Encoder:

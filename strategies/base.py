@@ -1,0 +1,56 @@
+"""What the strategies share: training messages to all nodes, evaluation at the server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from clfed.errors import FederationError
+from clfed.federated.grid import wait_for_nodes
+
+
+class TrainOnly(Strategy):
+    """A strategy whose training message carries everything; a separate one costs a round trip.
+
+    Args:
+        session: Text that tells nodes one federation from the next; a new one starts afresh.
+        nodes: Number of nodes to wait for before a round starts.
+        wait: Longest wait for them, seconds; then the round goes on with those that are there.
+    """
+
+    def __init__(self, *, session: str = "", nodes: int = 1, wait: float = 600.0) -> None:
+        self.session, self.nodes, self.wait = session, nodes, wait
+
+    def summary(self) -> None:
+        """Do nothing: the run folder says what was configured."""
+
+    def connected(self, grid: Grid) -> list[int]:
+        """Return the sorted ids of the nodes that take part in a round.
+
+        Raises:
+            FederationError: No node came within the waiting time.
+        """
+        ids = wait_for_nodes(grid, self.nodes, timeout=self.wait)
+        if not ids:
+            raise FederationError(f"No node connected within {self.wait:g} s.")
+        return ids
+
+    def head(self, server_round: int, config: ConfigRecord, **entries: Any) -> ConfigRecord:
+        """Return the record ``round`` of a request: its number, the session and these entries."""
+        return ConfigRecord({**config, "round": server_round, "session": self.session, **entries})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send nothing."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return nothing, as nothing was sent."""
+        return None
