@@ -1,4 +1,6 @@
 PYTHON ?= python3
+# Threads that spin at every barrier make a shared machine several times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 VENV := .venv
 BIN := $(VENV)/bin
 

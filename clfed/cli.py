@@ -52,6 +52,9 @@ def main() -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    # Threads that spin at every barrier make a shared machine several times slower; this counts
+    # only before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Hydra would print its own shortened traceback and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     failures: list[ClfedError] = []

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from clfed.errors import ConfigError
 
+TECHNICAL = ("full_key:", "object_type=", "See http", "Config search path:", "provider=")
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -77,9 +79,7 @@ def one_sentence(error: BaseException) -> str:
     if not str(error) and error.__cause__ is not None:
         return one_sentence(error.__cause__)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [
-        line for line in lines if not line.startswith(("full_key:", "object_type=", "See http"))
-    ]
+    told = [line for line in lines if not line.startswith(TECHNICAL)]
     return " ".join(told).rstrip(".") + "."
 
 

@@ -1,6 +1,6 @@
 r"""Federated averaging of a whole network whose head grows with the classes that nodes meet.
 
-.. math:: w \\leftarrow \\sum_k \\frac{n_k}{\\sum_j n_j}\\, w_k
+.. math:: w \leftarrow \sum_k \frac{n_k}{\sum_j n_j}\, w_k
 
 (McMahan et al. 2017, arXiv 1602.05629.) Each node trains on its mission alone and nothing protects
 what was learned before: the lower bound of federated reconnaissance. A head row is averaged over

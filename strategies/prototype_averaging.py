@@ -3,7 +3,7 @@ r"""Exact averaging of class prototypes: federated reconnaissance without its tw
 Nodes send what they have seen themselves, as cumulative counts and sums of embeddings by class; a
 ledger keeps the newest row of each node and class, and the merged table is the sum of the rows:
 
-.. math:: N_c = \\sum_k n_{k,c}, \\qquad S_c = \\sum_k S_{k,c}, \\qquad \\mu_c = S_c / N_c
+.. math:: N_c = \sum_k n_{k,c}, \qquad S_c = \sum_k S_{k,c}, \qquad \mu_c = S_c / N_c
 
 After Hendryx et al. 2021 (arXiv 2109.00150). Their published code merges already merged vectors,
 which weighs classes that are met again wrongly; ``merge="legacy_double_shrink"`` reproduces it.
@@ -59,6 +59,7 @@ class PrototypeAveraging(TrainOnly):
         merge: A name in :data:`clfed.prototypes.MERGES`.
         initial: A contribution that is there before the first round, e.g. of base classes.
         briefing: Records that a node needs once, e.g. settings and encoder.
+        cap: Largest number of examples of one class that a node may claim.
         options: Of :class:`~clfed.strategies.base.TrainOnly`.
     """
 
@@ -69,20 +70,26 @@ class PrototypeAveraging(TrainOnly):
         merge: str = "pooled",
         initial: Contribution | None = None,
         briefing: Mapping[str, ArrayRecord | ConfigRecord] | None = None,
+        cap: int = 1_000_000,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         if merge not in MERGES:
             raise ConfigError(f"merge must be one of {', '.join(MERGES)}, got {merge!r}.")
-        self.ledger = ContributorLedger(empty.dim, empty.embedding_id, empty.moments)
+        self.ledger = ContributorLedger(empty.dim, empty.embedding_id, empty.moments, cap=cap)
         if initial is not None:
             self.ledger.receive(initial)
-        self.memory: PrototypeMemory = self.ledger.total
+        self._merged = self.ledger.total
         self.last = RoundSummary()
         self._merge = merge
         self._briefing = dict(briefing or {})
         self._contributor: dict[int, str] = {}
         self._briefed: set[int] = set()
+
+    @property
+    def memory(self) -> PrototypeMemory:
+        """The merged table; with ``merge="pooled"`` always the sum of the ledger's rows."""
+        return self.ledger.total if self._merge == "pooled" else self._merged
 
     def arrays(self) -> ArrayRecord:
         """The merged memory as it is sent to nodes."""
@@ -143,11 +150,8 @@ class PrototypeAveraging(TrainOnly):
         for sender, reason in refused.items():
             logger.warning("Round %d: refused the reply of %s: %s", server_round, sender, reason)
         self._briefed -= set(unbriefed)
-        self.memory = (
-            self.ledger.total
-            if self._merge == "pooled"
-            else MERGES[self._merge](self.memory, list(deltas.values()))
-        )
+        if self._merge != "pooled":
+            self._merged = MERGES[self._merge](self._merged, list(deltas.values()))
         self.last = RoundSummary(deltas, refused, stale, tuple(unbriefed))
         metrics = {
             "classes": len(self.memory),

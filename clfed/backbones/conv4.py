@@ -40,7 +40,11 @@ class Conv4(nn.Module):
         if len(widths) != POOLINGS or min(widths) < 1:
             raise ConfigError(f"Conv4 needs four positive widths, got {list(widths)}.")
         if image_size < 2**POOLINGS:
-            raise ConfigError(f"Conv4 needs images of at least 16x16 pixels, got {image_size}.")
+            raise ConfigError(
+                f"Conv4 needs images of at least 16x16 pixels, got {image_size}.",
+                remedy="Choose larger images or another backbone; data=digits goes with "
+                "data.as_features=true data.base_classes=0 backbone=identity learner=none.",
+            )
         blocks: list[nn.Module] = []
         for narrow, wide in zip((in_channels, *widths[:-1]), widths, strict=True):
             blocks += [

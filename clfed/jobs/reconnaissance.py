@@ -30,7 +30,7 @@ from flwr.serverapp import Grid
 
 from clfed.backbones import Encoder
 from clfed.config import build
-from clfed.errors import ConfigError
+from clfed.errors import ConfigError, FederationError
 from clfed.evaluation.judge import Judge, fraction
 from clfed.federated.field import Field, field_settings, names, open_field
 from clfed.federated.grid import exchange
@@ -129,7 +129,8 @@ def rehearse(cfg: DictConfig) -> None:
 
     Raises:
         ConfigError: The merge rule, a classifier or one of its options does not exist.
-        UnsupportedStatistics: A classifier needs second moments that ``memory.moments`` leaves out.
+        UnsupportedStatistics: A classifier needs second moments that ``memory.moments`` leaves
+            out, or the merge rule cannot handle those that it keeps.
     """
     if cfg.merge not in MERGES:
         raise ConfigError(f"merge must be one of {', '.join(MERGES)}, got {cfg.merge!r}.")
@@ -143,6 +144,7 @@ def rehearse(cfg: DictConfig) -> None:
     ledger = ContributorLedger(2, "rehearsal", cfg.memory.moments)
     seen = ledger.total.observe(torch.eye(4)[:, :2], ["a", "b", "a", "b"])
     ledger.receive(Contribution.of("nobody", 1, seen))
+    MERGES[cfg.merge](seen, [seen])
     for name, options in {cfg.job.classifier: {}, **cfg.job.classifiers}.items():
         read_off(name, ledger.total, groups=ledger.groups(), **options)
 
@@ -221,6 +223,11 @@ class _Reconnaissance:
 
         def after(report: RoundReport, arrays: ArrayRecord) -> None:
             nonlocal before
+            if not len(strategy.memory):
+                raise FederationError(
+                    f"No node's statistics were accepted in round {report.round}: "
+                    f"{'; '.join(strategy.last.refused.values()) or 'none were sent'}."
+                )
             known = self.plan.known(report.round)
             images = self.judge.of(known)
             pooled = self._pooled(report.round)

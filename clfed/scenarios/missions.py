@@ -114,7 +114,7 @@ def _split(
     """Return support pool and test set of some classes, disjoint.
 
     A data set with its own test split keeps it; of one without, ``test_images`` random images a
-    class become the test set and never enter a mission.
+    class become the test set and never enter a mission; by default a quarter of the smallest class.
     """
     pool = benchmark.train.of_classes(classes)
     if benchmark.test is not None:
@@ -123,10 +123,7 @@ def _split(
             return pool, test
         return pool, test.subset(_per_class(test, test_images, rng)[0])
     if test_images is None:
-        raise ConfigError(
-            f"Data set {benchmark.name!r} has no test split of its own, so scenario.test_images "
-            "must say how many images a class are held out for testing; it is null."
-        )
+        test_images = max(1, int(torch.bincount(pool.labels).min()) // 4)
     test_index, rest = _per_class(pool, test_images, rng)
     return pool.subset(rest), pool.subset(test_index)
 
@@ -231,7 +228,8 @@ def multi_client(
             independently. A fraction: the field is divided among the nodes, and this part of each
             mission is drawn from the other nodes' territory, the rest from the node's own.
         field_classes: Number of field classes, drawn by the seed; ``None`` takes all.
-        test_images: Test images a class; ``None`` takes the data set's own test split.
+        test_images: Test images a class; ``None`` takes the data set's own test split, or
+            a quarter of the smallest class where there is none.
         include_base: Whether every node starts with prototypes of the base classes, and answers
             compete with them.
 
@@ -304,7 +302,8 @@ def class_incremental(
         seed: Seed of the class draw, their order and the images.
         classes: Number of classes of the whole stream.
         shots: Training images of each class.
-        test_images: Test images of each class; ``None`` takes the data set's own test split.
+        test_images: Test images of each class; ``None`` takes the data set's own test split, or
+            a quarter of the smallest class where there is none.
         classes_per_step: New classes a step.
 
     Raises:
