@@ -58,8 +58,11 @@ def main() -> None:
     # Hydra would print its own shortened traceback and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     failures: list[ClfedError] = []
+    composed = False
 
     def task(cfg: DictConfig) -> None:
+        nonlocal composed
+        composed = True
         try:
             run(cfg)
         except ClfedError as error:
@@ -67,7 +70,10 @@ def main() -> None:
 
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(task)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        # Hydra raises ValueError for group choices that are no names, such as logger=null.
+        if composed and not isinstance(error, HydraException | OmegaConfBaseException):
+            raise
         fail([ConfigError(one_sentence(error))])
     except KeyboardInterrupt:
         sys.stderr.write("clfed: interrupted\n")
@@ -86,7 +92,14 @@ def run(cfg: DictConfig) -> None:
     hydra_cfg = HydraConfig.get()
     if hydra_cfg.mode == RunMode.MULTIRUN and cfg.run_dir is not None:
         cfg.run_dir = os.path.join(cfg.run_dir, str(hydra_cfg.job.num))  # noqa: PTH118
-    get_method(cfg.job["_target_"])(cfg)
+    target = cfg.job["_target_"]
+    try:
+        job = get_method(target)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"job._target_ {target!r} cannot be used: {one_sentence(error)}"
+        ) from error
+    job(cfg)
 
 
 def fail(errors: list[ClfedError]) -> NoReturn:

@@ -52,7 +52,8 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
             return settle(hydra_compose("config", overrides=list(overrides)))
-    except (HydraException, OmegaConfBaseException) as error:
+    # Hydra raises ValueError for group choices that are no names, such as logger=null.
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(one_sentence(error)) from error
 
 
@@ -60,17 +61,23 @@ def settle(cfg: DictConfig) -> DictConfig:
     """Return the configuration that counts: smoke settings merged in, interpolations resolved.
 
     Raises:
-        ConfigError: The smoke settings name a key that does not exist.
+        ConfigError: The smoke settings name a key that does not exist, or a switch or the seed
+            is of another kind.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    for switch in ("smoke", "overwrite"):
+        if not isinstance(cfg[switch], bool):
+            raise ConfigError(f"{switch} must be true or false, got {cfg[switch]!r}.")
     try:
         merged = OmegaConf.merge(cfg, cfg.when_smoke) if cfg.smoke else cfg.copy()
         OmegaConf.resolve(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(one_sentence(error)) from error
     assert isinstance(merged, type(cfg))
+    if isinstance(merged.seed, bool) or not isinstance(merged.seed, int) or merged.seed < 0:
+        raise ConfigError(f"seed must be a whole number of at least 0, got {merged.seed!r}.")
     return merged
 
 
@@ -104,11 +111,16 @@ def build(config: Mapping[str, Any], /, **arguments: Any) -> Any:
         call = instantiate({**config, "_partial_": True}, _convert_="all")
     except InstantiationException as error:
         raise ConfigError(f"{target} cannot be used: {one_sentence(error)}") from error
+    given = {**call.keywords, **arguments}
     try:
-        inspect.signature(call.func).bind(*call.args, **{**call.keywords, **arguments})
+        inspect.signature(call.func).bind(*call.args, **given)
+    except TypeError as error:
+        raise ConfigError(f"The settings of {target} do not fit: {error}.") from error
+    try:
         return call(**arguments)
     except TypeError as error:
-        # A class may hand its options on, so the signature alone does not tell.
-        if "argument" not in str(error):
+        # A class may hand its options on, so its signature alone does not tell. A function runs
+        # whole jobs here, whose own mistakes are not the settings'.
+        if not inspect.isclass(call.func) or "argument" not in str(error):
             raise
         raise ConfigError(f"The settings of {target} do not fit: {error}.") from error

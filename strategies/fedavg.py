@@ -10,7 +10,9 @@ the nodes whose head has it, so nodes with different new classes still merge.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,8 +29,12 @@ from flwr.app import (
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+from clfed.errors import InvalidMessage
 from clfed.federated import records
+from clfed.prototypes.contribution import DEFAULT_CAP
+from clfed.prototypes.tables import checked_names
 
+logger = logging.getLogger(__name__)
 Floats = NDArray[Any]
 HEAD = ("head.weight", "head.bias")
 
@@ -51,6 +57,8 @@ class GrowingHeadFedAvg(TrainOnly):
         super().__init__(**options)
         self.classes: tuple[str, ...] = ()
         self._briefing = dict(briefing)
+        self._briefed: set[int] = set()
+        self._sent: dict[str, Floats] = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -60,58 +68,128 @@ class GrowingHeadFedAvg(TrainOnly):
         Raises:
             FederationError: No node came within the waiting time.
         """
+        ids = self.connected(grid)
+        self._sent = {key: array.numpy() for key, array in arrays.items()}
         head = self.head(server_round, config, classes=json.dumps(self.classes))
-        content = RecordDict({"model": arrays, "round": head})
-        if server_round == 1:
-            content.update(self._briefing)
-        return [
-            Message(content, dst_node_id=node, message_type=f"{MessageType.TRAIN}.finetune")
-            for node in self.connected(grid)
-        ]
+        kind = f"{MessageType.TRAIN}.finetune"
+        messages = []
+        for node in ids:
+            content = RecordDict({"model": arrays, "round": head})
+            if node not in self._briefed:
+                content.update(self._briefing)
+            messages.append(Message(content, dst_node_id=node, message_type=kind))
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Average the networks, weighted by their numbers of examples."""
-        trained = [reply.content for reply in replies if reply.has_content()]
-        trained = [c for c in trained if "model" in c and _examples(c) > 0]
-        # Floating point sums depend on their order, and node ids are random in some engines.
-        trained.sort(
-            key=lambda content: records.text(records.config(content, "status"), "contributor")
-        )
+        """Average the networks, weighted by their numbers of examples.
+
+        A reply that is an error or breaks a rule is logged and left out.
+        """
+        trained: list[_Trained] = []
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            try:
+                if reply.has_error():
+                    raise InvalidMessage(str(reply.error.reason))
+                found = self._read(node, reply.content)
+            except InvalidMessage as error:
+                logger.warning("Round %d: left out node id %d: %s", server_round, node, error)
+                continue
+            if found is not None:
+                trained.append(found)
         if not trained:
             return None, None
-        examples = np.array([*map(_examples, trained)], np.float64)
-        heads = [json.loads(records.text(records.config(c, "status"), "classes")) for c in trained]
-        self.classes = tuple(sorted(set().union(self.classes, *heads)))
+        # Floating point sums depend on their order, and node ids are random in some engines.
+        trained.sort(key=lambda part: part.contributor)
+        before = self.classes
+        self.classes = tuple(sorted(set().union(before, *(part.classes for part in trained))))
         place = {name: row for row, name in enumerate(self.classes)}
-        rows = [np.array([place[name] for name in head]) for head in heads]
-        models = [records.arrays(content, "model") for content in trained]
+        rows = [np.array([place[name] for name in part.classes], int) for part in trained]
+        held = np.array([place[name] for name in before], int)
+        examples = np.array([part.examples for part in trained], np.float64)
         averaged: dict[str, Array] = {}
-        for key in models[0]:
-            values = [records.array(model, key).numpy() for model in models]
+        for key, first in trained[0].model.items():
+            values = [part.model[key] for part in trained]
             if key in HEAD:
-                mean = _average_rows(values, rows, examples, len(place))
-            elif np.issubdtype(values[0].dtype, np.floating):
+                mean = np.zeros((len(place), *first.shape[1:]))
+                if key in self._sent:
+                    mean[held] = self._sent[key]
+                _average_rows(mean, values, rows, examples)
+            elif np.issubdtype(first.dtype, np.floating):
                 mean = np.tensordot(examples / examples.sum(), np.stack(values), axes=1)
             else:
                 mean = np.max(np.stack(values), axis=0)
-            averaged[key] = Array(np.asarray(mean, values[0].dtype))
+            averaged[key] = Array(np.asarray(mean, first.dtype))
         metrics = {"classes": len(self.classes), "examples": int(examples.sum())}
         return ArrayRecord(averaged), MetricRecord(dict(metrics))
 
+    def _read(self, node: int, content: RecordDict) -> _Trained | None:
+        """Return what a node trained, ``None`` where it trained nothing or must be briefed.
 
-def _average_rows(
-    values: list[Floats], rows: list[Floats], examples: Floats, classes: int
-) -> Floats:
-    """Average each head row over the nodes that have it, weighted by examples."""
-    total = np.zeros((classes, *values[0].shape[1:]))
-    weight = np.zeros(classes)
+        Raises:
+            InvalidMessage: The reply does not fit the request.
+        """
+        status = records.config(content, "status")
+        if status.get("needs-briefing"):
+            self._briefed.discard(node)
+            return None
+        name, examples = records.text(status, "contributor"), records.integer(status, "examples")
+        classes = _names(records.text(status, "classes"))
+        model = _network(records.arrays(content, "model"))
+        self._briefed.add(node)
+        if examples == 0:
+            return None
+        if not 0 < examples <= DEFAULT_CAP:
+            raise InvalidMessage(f"expected 0 to {DEFAULT_CAP} examples, got {examples}")
+        for key in model.keys() | self._sent.keys():
+            got, sent = model.get(key), self._sent.get(key)
+            if got is None or sent is None:
+                raise InvalidMessage(f"expected the arrays that were sent, {key!r} is not in both")
+            shape = (len(classes), *sent.shape[1:]) if key in HEAD else sent.shape
+            if (got.shape, got.dtype) != (shape, sent.dtype):
+                raise InvalidMessage(
+                    f"expected {key!r} of shape {shape} and {sent.dtype}, "
+                    f"got {got.shape} and {got.dtype}"
+                )
+            if not np.isfinite(got).all():
+                raise InvalidMessage(f"expected finite numbers in {key!r}")
+        return _Trained(name, examples, classes, model)
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What one node trained in a round."""
+
+    contributor: str
+    examples: int
+    classes: tuple[str, ...]
+    model: Mapping[str, Floats]
+
+
+def _names(text: str) -> tuple[str, ...]:
+    try:
+        classes = checked_names(json.loads(text), "class name")
+    except ValueError as error:
+        raise InvalidMessage(f"expected class names as JSON: {error}") from error
+    if len(set(classes)) < len(classes):
+        raise InvalidMessage("expected every class once")
+    return classes
+
+
+def _network(record: ArrayRecord) -> dict[str, Floats]:
+    try:
+        return {key: array.numpy() for key, array in record.items()}
+    except (ValueError, TypeError, EOFError) as error:
+        raise InvalidMessage(f"an array of the network is unreadable: {error}") from error
+
+
+def _average_rows(mean: Floats, values: list[Floats], rows: list[Floats], examples: Floats) -> None:
+    """Average each head row over the nodes that have it; a row that nobody has stays."""
+    total, weight = np.zeros_like(mean), np.zeros(len(mean))
     for value, place, count in zip(values, rows, examples, strict=True):
         total[place] += count * value
         weight[place] += count
-    return total / weight.reshape(-1, *[1] * (total.ndim - 1))
-
-
-def _examples(content: RecordDict) -> int:
-    return records.integer(records.config(content, "status"), "examples")
+    met = weight > 0
+    mean[met] = total[met] / weight[met].reshape(-1, *[1] * (mean.ndim - 1))

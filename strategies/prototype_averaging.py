@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from clfed.prototypes.contribution import DEFAULT_CAP
 from clfed.strategies.base import TrainOnly
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -70,13 +71,14 @@ class PrototypeAveraging(TrainOnly):
         merge: str = "pooled",
         initial: Contribution | None = None,
         briefing: Mapping[str, ArrayRecord | ConfigRecord] | None = None,
-        cap: int = 1_000_000,
+        cap: int = DEFAULT_CAP,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         if merge not in MERGES:
             raise ConfigError(f"merge must be one of {', '.join(MERGES)}, got {merge!r}.")
         self.ledger = ContributorLedger(empty.dim, empty.embedding_id, empty.moments, cap=cap)
+        self._reserved = None if initial is None else initial.contributor
         if initial is not None:
             self.ledger.receive(initial)
         self._merged = self.ledger.total
@@ -180,6 +182,8 @@ class PrototypeAveraging(TrainOnly):
         if "rows" not in content:
             return None
         contribution = decode_contribution(arrays(content, "rows"))
+        if contributor == self._reserved:
+            raise InvalidMessage(f"No node may call itself {contributor!r}.")
         if contribution.contributor != contributor:
             raise InvalidMessage(
                 f"{contributor!r} sent rows in the name of {contribution.contributor!r}."

@@ -17,20 +17,22 @@ classes. Test images are never sent anywhere and choose nothing.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
+from omegaconf import OmegaConf
 
 from clfed.backbones import Encoder
 from clfed.config import build
-from clfed.errors import ConfigError, FederationError
+from clfed.errors import FederationError
 from clfed.evaluation.judge import Judge, fraction
 from clfed.federated.field import Field, field_settings, names, open_field
 from clfed.federated.grid import exchange
@@ -39,21 +41,23 @@ from clfed.federated.node import briefing
 from clfed.federated.rounds import RoundReport, run_rounds
 from clfed.federated.wire import record_bytes
 from clfed.jobs.run import Run, open_run, train_encoder
+from clfed.jobs.settings import check
 from clfed.learners.fine_tuning import FineTuning
 from clfed.prototypes import (
     MERGES,
     Contribution,
     ContributorLedger,
-    Moments,
     PrototypeMemory,
     read_off,
 )
+from clfed.reporting.progress import progress
 from clfed.seeding import derive_seed, generator
 from clfed.strategies import GrowingHeadFedAvg, PrototypeAveraging
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+logger = logging.getLogger(__name__)
 Engine = Callable[..., None]
 BASE = "base"
 
@@ -103,24 +107,29 @@ def run(cfg: DictConfig, engine: Engine | None = None) -> Path:
     Raises:
         ClfedError: Anything that the user can mend.
     """
+    check(cfg)
     rehearse(cfg)
+    config: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
+    # Before the run folder: what the data refuse must not cost the results of an earlier run.
+    with progress() as track, track.phase("data and missions"):
+        first = open_field(_settings(config, 0))
     with open_run(cfg) as run:
-        with run.track.phase("data and missions"):
-            fields = [open_field(_settings(run.config, d)) for d in range(cfg.job.draws)]
         encoder, training = train_encoder(cfg, run)
         draws: list[Draw] = []
 
         def serve(grid: Grid) -> None:
-            for number, opened in enumerate(fields):
+            for number in range(cfg.job.draws):
+                # Opened when its turn comes, so that the nodes find the same field in the cache.
+                opened = open_field(_settings(config, number))
                 draws.append(_Reconnaissance(cfg, run, grid, opened, encoder, number).run())
 
         start = time.perf_counter()
         carry = engine if engine is not None else partial(build, run.config["engine"])
-        carry(serve=serve, nodes=fields[0].plan.nodes)
+        carry(serve=serve, nodes=first.plan.nodes)
         from clfed.jobs.summary import report
 
         seconds = time.perf_counter() - start
-        report(cfg, run, fields[0], encoder, draws, training=training, seconds=seconds)
+        report(cfg, run, first, encoder, draws, training=training, seconds=seconds)
         return run.folder.path
 
 
@@ -128,24 +137,16 @@ def rehearse(cfg: DictConfig) -> None:
     """Refuse what would fail only after the training, on a memory of two classes.
 
     Raises:
-        ConfigError: The merge rule, a classifier or one of its options does not exist.
+        ConfigError: A classifier has no such option.
         UnsupportedStatistics: A classifier needs second moments that ``memory.moments`` leaves
             out, or the merge rule cannot handle those that it keeps.
     """
-    if cfg.merge not in MERGES:
-        raise ConfigError(f"merge must be one of {', '.join(MERGES)}, got {cfg.merge!r}.")
-    if not isinstance(cfg.job.draws, int) or cfg.job.draws < 1:
-        raise ConfigError(f"job.draws must be a whole number of at least 1, got {cfg.job.draws!r}.")
-    if cfg.memory.moments not in get_args(Moments):
-        raise ConfigError(
-            f"memory.moments must be one of {', '.join(get_args(Moments))}, "
-            f"got {cfg.memory.moments!r}."
-        )
     ledger = ContributorLedger(2, "rehearsal", cfg.memory.moments)
     seen = ledger.total.observe(torch.eye(4)[:, :2], ["a", "b", "a", "b"])
     ledger.receive(Contribution.of("nobody", 1, seen))
     MERGES[cfg.merge](seen, [seen])
-    for name, options in {cfg.job.classifier: {}, **cfg.job.classifiers}.items():
+    read_off(cfg.job.classifier, ledger.total)
+    for name, options in cfg.job.classifiers.items():
         read_off(name, ledger.total, groups=ledger.groups(), **options)
 
 
@@ -297,6 +298,8 @@ class _Reconnaissance:
             network = load_network(self.encoder, arrays, strategy.classes, _optimiser(job))
             right = self.judge.correct_network(network.classes, network.predict, images)
             self.result.steps[report.round - 1].accuracy["finetuned"] = fraction(right)
+            name = f"{_place(self.number)}/accuracy/finetuned"
+            self.run_.metrics.log(report.round, {name: fraction(right)})
             cost.up += report.up
             cost.down += report.down
             cost.seconds += report.seconds
@@ -334,6 +337,9 @@ class _Reconnaissance:
         images = self.judge.of(self.plan.known(self.plan.rounds))
         groups = strategy.ledger.groups()
         for name, options in self.cfg.job.classifiers.items():
+            if name == "fedcof" and strategy.memory != strategy.ledger.total:
+                logger.warning("fedcof is left out: merge=%s has no groups.", self.cfg.merge)
+                continue
             classifier = read_off(name, strategy.memory, groups=groups, **options)
             final[name] = fraction(self.judge.correct(classifier, images))
         if self._wanted(self.cfg.job.joint):
@@ -391,9 +397,13 @@ def _optimiser(job: DictConfig) -> dict[str, float]:
     return {key: job[key] for key in ("lr", "momentum", "weight_decay")}
 
 
+def _place(draw: int) -> str:
+    return "fed" if draw == 0 else f"fed/draw{draw}"
+
+
 def _flat(step: Step, draw: int) -> dict[str, float]:
     """Return a step's metrics by name; draws after the first get a folder of their own."""
-    place = "fed" if draw == 0 else f"fed/draw{draw}"
+    place = _place(draw)
     accuracy = {f"{place}/accuracy/{name}": value for name, value in step.accuracy.items()}
     sizes = {f"{place}/bytes/up": step.up, f"{place}/bytes/down": step.down}
     return {f"{place}/classes": step.classes, **sizes, **accuracy}

@@ -57,6 +57,8 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
     text = OmegaConf.to_yaml(cfg)
     path = Path(cfg.run_dir) if cfg.run_dir else default_path("runs", cfg.job.name, text)
     with RunFolder(path, overwrite=cfg.overwrite) as folder:
+        # Rows of a run that failed here; jobs that start anew must not append to them.
+        folder.metrics.unlink(missing_ok=True)
         folder.write_config(text)
         logger.info("clfed %s, Python %s", __version__, platform.python_version())
         sink = build(plain["logger"], folder=folder.path, config=plain)

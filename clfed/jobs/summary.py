@@ -121,6 +121,7 @@ def assemble(
             **({"spread": spread[name]} if name in spread else {}),
         }
         for name in cfg.job.classifiers
+        if name in final["accuracy"]
     }
     return {
         "job": cfg.job.name,
@@ -165,7 +166,11 @@ def _protocol(
         "support_images": len(plan.support),
         "test_images": len(plan.test),
         "label_space": "all field classes known to any node"
-        + ("" if plan.base_support is None else " and all base classes"),
+        + (
+            ""
+            if plan.base_support is None
+            else " and all base classes (finetuned and joint: field classes alone)"
+        ),
         "merge": cfg.merge,
         "moments": cfg.memory.moments,
         "classifier": cfg.job.classifier,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from clfed.backbones import Encoder
-from clfed.errors import UnknownClass
+from clfed.errors import InvalidEmbedding, UnknownClass
 
 
 class FineTuning(L.LightningModule):
@@ -115,17 +115,25 @@ class FineTuning(L.LightningModule):
             batch_size: Images a step; a last batch of one image is left out, as batch
                 normalisation cannot train on it.
             rng: Decides the order of the images.
+
+        Raises:
+            InvalidEmbedding: The training diverged.
         """
         self.train()
         optimiser = self.configure_optimizers()
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=rng)
             for step, batch in enumerate(torch.split(order, batch_size)):
-                if len(batch) == 1:
+                if len(batch) < 2:
                     continue
                 optimiser.zero_grad(set_to_none=True)
                 torch.autograd.backward(self.training_step((images[batch], labels[batch]), step))
                 optimiser.step()
+        if not all(bool(torch.isfinite(weights).all()) for weights in self.parameters()):
+            raise InvalidEmbedding(
+                "The training diverged: weights are no longer finite numbers.",
+                remedy="Choose a smaller learning rate, and look for images that are not finite.",
+            )
 
     @torch.no_grad()
     def predict(self, images: Tensor, batch_size: int = 256) -> Tensor:
