@@ -21,7 +21,8 @@ def check(cfg: DictConfig) -> None:
     """
     whole(cfg, "job.draws", least=1)
     number(cfg, "job.timeout")
-    number(cfg, "strategy.wait")
+    if "wait" in cfg.strategy:  # a strategy of the user's own may have other settings
+        number(cfg, "strategy.wait")
     for name in ("finetuned", "joint"):
         if cfg.job[name] is None:
             continue
