@@ -22,7 +22,9 @@ from clfed.federated.rounds import run_rounds
 from clfed.prototypes import PrototypeMemory
 
 
-def federation(nodes: int, rounds: int, cache: str) -> tuple[PrototypeAveraging, list[float], partial]:
+def federation(
+    nodes: int, rounds: int, cache: str
+) -> tuple[PrototypeAveraging, list[float], partial]:
     data = {"_target_": "many_classes.load"}
     scenario = {
         "_target_": "clfed.scenarios.multi_client",
