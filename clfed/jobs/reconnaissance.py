@@ -20,7 +20,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,13 +35,13 @@ from clfed.errors import FederationError
 from clfed.evaluation.judge import Judge, fraction
 from clfed.federated.field import Field, field_settings, names, open_field
 from clfed.federated.grid import exchange
-from clfed.federated.networks import load_network, network_record
 from clfed.federated.node import briefing
 from clfed.federated.rounds import RoundReport, run_rounds
 from clfed.federated.wire import record_bytes
+from clfed.jobs.alternatives import finetuned, joint, optimiser, wanted
+from clfed.jobs.draw import Cost, Draw, Setting, Step
 from clfed.jobs.run import Run, open_run, train_encoder
 from clfed.jobs.settings import check
-from clfed.learners.fine_tuning import FineTuning
 from clfed.prototypes import (
     MERGES,
     Contribution,
@@ -51,8 +50,8 @@ from clfed.prototypes import (
     read_off,
 )
 from clfed.reporting.progress import progress
-from clfed.seeding import derive_seed, generator
-from clfed.strategies import GrowingHeadFedAvg, PrototypeAveraging
+from clfed.seeding import derive_seed
+from clfed.strategies import PrototypeAveraging
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -60,40 +59,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 Engine = Callable[..., None]
 BASE = "base"
-
-
-@dataclass
-class Step:
-    """What one round of one draw showed."""
-
-    classes: int
-    up: int
-    down: int
-    seconds: float
-    accuracy: dict[str, float]
-
-
-@dataclass
-class Cost:
-    """What one alternative took: bytes over all nodes and rounds, and seconds."""
-
-    up: int = 0
-    down: int = 0
-    seconds: float = 0.0
-
-
-@dataclass
-class Draw:
-    """What one draw of missions showed."""
-
-    steps: list[Step] = field(default_factory=list)
-    accuracy: dict[str, float] = field(default_factory=dict)
-    stages: dict[str, Any] = field(default_factory=dict)
-    memory: PrototypeMemory | None = None
-    exact: bool = False
-    holders: int = 0
-    seen_by: dict[str, list[str]] = field(default_factory=dict)
-    costs: dict[str, Cost] = field(default_factory=dict)
 
 
 def run(cfg: DictConfig, engine: Engine | None = None) -> Path:
@@ -121,7 +86,8 @@ def run(cfg: DictConfig, engine: Engine | None = None) -> Path:
             for number in range(cfg.job.draws):
                 # Opened when its turn comes, so that the nodes find the same field in the cache.
                 opened = open_field(_settings(config, number))
-                draws.append(_Reconnaissance(cfg, run, grid, opened, encoder, number).run())
+                setting = _setting(cfg, run, grid, opened, encoder, number)
+                draws.append(_Reconnaissance(setting).run())
 
         start = time.perf_counter()
         carry = engine if engine is not None else partial(build, run.config["engine"])
@@ -155,66 +121,67 @@ def _settings(config: Mapping[str, Any], draw: int) -> str:
     return field_settings(config["data"], config["scenario"], seed)
 
 
+def _setting(
+    cfg: DictConfig, run: Run, grid: Grid, opened: Field, encoder: Encoder, number: int
+) -> Setting:
+    with run.track.phase("embedding", 1):
+        opened.embed(opened.plan.support, encoder)
+        judge = Judge(opened.plan.test, opened.embed(opened.plan.test, encoder))
+    settings = {
+        "field": _settings(run.config, number),
+        "moments": cfg.memory.moments,
+        "cache_dir": str(run.cache_dir),
+    }
+    job = cfg.job.finetuned
+    if job is not None:
+        settings["finetune"] = {
+            "epochs": job.epochs,
+            "batch_size": job.batch_size,
+            "seed": cfg.seed,
+            "optimiser": optimiser(job),
+        }
+    session = f"{encoder.embedding_id[:16]}/{cfg.seed}/{number}"
+    records = briefing(settings, encoder)
+    return Setting(cfg, run, grid, opened, encoder, judge, number, session, records)
+
+
 class _Reconnaissance:
     """One draw of missions, run through every alternative."""
 
-    def __init__(
-        self, cfg: DictConfig, run: Run, grid: Grid, opened: Field, encoder: Encoder, draw: int
-    ) -> None:
-        self.cfg, self.run_, self.grid, self.encoder, self.number = cfg, run, grid, encoder, draw
-        self.field, self.plan = opened, opened.plan
-        self.result = Draw()
-        with run.track.phase("embedding", 1):
-            self.support = opened.embed(self.plan.support, encoder)
-            self.judge = Judge(self.plan.test, opened.embed(self.plan.test, encoder))
-        self.base_judge = None
-        if self.plan.base_test is not None:
-            self.base_judge = Judge(self.plan.base_test, opened.embed(self.plan.base_test, encoder))
-        self.empty = PrototypeMemory.empty(encoder.dim, encoder.embedding_id, cfg.memory.moments)
-        self.base = self._base_memory()
-        self.session = f"{encoder.embedding_id[:16]}/{cfg.seed}/{draw}"
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.cfg, self.plan = setting, setting.cfg, setting.plan
+        self.judge, self.result = setting.judge, Draw()
+        opened, encoder = setting.field, setting.encoder
+        self.support = opened.embed(self.plan.support, encoder)
+        self.empty = PrototypeMemory.empty(
+            encoder.dim, encoder.embedding_id, self.cfg.memory.moments
+        )
+        self.base, self.base_judge = self.empty, None
+        if self.plan.base_support is not None and self.plan.base_test is not None:
+            base, test = self.plan.base_support, self.plan.base_test
+            self.base = self.empty.observe(opened.embed(base, encoder), names(base))
+            self.base_judge = Judge(test, opened.embed(test, encoder))
 
     def run(self) -> Draw:
         """Run every alternative on the same missions."""
         strategy = self._reconnoitre()
-        if self._wanted(self.cfg.job.finetuned):
-            self._finetune()
+        if wanted(self.cfg.job.finetuned, self.setting.number):
+            accuracies, self.result.costs["finetuned"] = finetuned(self.setting)
+            for step, accuracy in zip(self.result.steps, accuracies, strict=True):
+                step.accuracy["finetuned"] = accuracy
         self._finish(strategy)
         return self.result
 
-    def _base_memory(self) -> PrototypeMemory:
-        base = self.plan.base_support
-        if base is None:
-            return self.empty
-        labels = names(base)
-        return self.empty.observe(self.field.embed(base, self.encoder), labels)
-
-    def _briefing(self) -> dict[str, Any]:
-        job = self.cfg.job.finetuned
-        settings = {
-            "field": _settings(self.run_.config, self.number),
-            "moments": self.cfg.memory.moments,
-            "cache_dir": str(self.run_.cache_dir),
-        }
-        if job is not None:
-            settings["finetune"] = {
-                "epochs": job.epochs,
-                "batch_size": job.batch_size,
-                "seed": self.cfg.seed,
-                "optimiser": _optimiser(job),
-            }
-        return briefing(settings, self.encoder)
-
     def _reconnoitre(self) -> PrototypeAveraging:
         """Merge prototypes round by round, and judge them against the same data pooled."""
-        base = self.base
+        setting = self.setting
         strategy: PrototypeAveraging = build(
-            self.run_.config["strategy"],
+            setting.run.config["strategy"],
             empty=self.empty,
             merge=self.cfg.merge,
-            initial=Contribution.of(BASE, 1, base) if base else None,
-            briefing=self._briefing(),
-            session=self.session,
+            initial=Contribution.of(BASE, 1, self.base) if self.base else None,
+            briefing=setting.briefing,
+            session=setting.session,
             nodes=self.plan.nodes,
         )
         if self.base_judge is not None:
@@ -224,38 +191,15 @@ class _Reconnaissance:
 
         def after(report: RoundReport, arrays: ArrayRecord) -> None:
             nonlocal before
-            if not len(strategy.memory):
-                raise FederationError(
-                    f"No node's statistics were accepted in round {report.round}: "
-                    f"{'; '.join(strategy.last.refused.values()) or 'none were sent'}."
-                )
-            known = self.plan.known(report.round)
-            images = self.judge.of(known)
-            pooled = self._pooled(report.round)
-            merged = self._accuracy(strategy.memory, images)
-            alone = [
-                self._accuracy(base + strategy.ledger.share(name), images)
-                for name in strategy.ledger.contributors
-                if name != BASE
-            ]
-            accuracy = {
-                "merged": merged,
-                "pooled": self._accuracy(pooled, images),
-                "isolated": sum(alone) / self.plan.nodes,
-            }
-            self._local_stages(report.round, before, strategy)
-            self._union_stage(report.round, strategy.memory, merged)
-            self.result.exact = pooled == strategy.memory
-            step = Step(len(known), report.up, report.down, report.seconds, accuracy)
-            self.result.steps.append(step)
-            self.run_.metrics.log(report.round, _flat(step, self.number))
-            bar.update(report.round, f"{len(known)} classes, merged {merged:.1%}")
+            step = self._judge_round(report, before, strategy)
+            text = f"{step.classes} classes, merged {step.accuracy['merged']:.1%}"
+            bar.update(report.round, text)
             before = strategy.memory
 
-        with self.run_.track.phase("reconnaissance", self.plan.rounds) as bar:
+        with setting.run.track.phase("reconnaissance", self.plan.rounds) as bar:
             run_rounds(
                 strategy,
-                self.grid,
+                setting.grid,
                 strategy.arrays(),
                 rounds=self.plan.rounds,
                 timeout=self.cfg.job.timeout,
@@ -263,72 +207,64 @@ class _Reconnaissance:
             )
         self._broadcast(strategy)
         self.result.memory = strategy.memory
-        shares = {n: strategy.ledger.share(n) for n in strategy.ledger.contributors}
-        for name, share in shares.items():
-            for cls in share.classes:
+        for name in strategy.ledger.contributors:
+            for cls in strategy.ledger.share(name).classes:
                 self.result.seen_by.setdefault(cls, []).append(name)
         return strategy
 
+    def _judge_round(
+        self, report: RoundReport, before: PrototypeMemory, strategy: PrototypeAveraging
+    ) -> Step:
+        if not len(strategy.memory):
+            raise FederationError(
+                f"No node's statistics were accepted in round {report.round}: "
+                f"{'; '.join(strategy.last.refused.values()) or 'none were sent'}."
+            )
+        known = self.plan.known(report.round)
+        images = self.judge.of(known)
+        pooled = self._pooled(report.round)
+        alone = [
+            self._accuracy(self.base + strategy.ledger.share(name), images)
+            for name in strategy.ledger.contributors
+            if name != BASE
+        ]
+        accuracy = {
+            "merged": self._accuracy(strategy.memory, images),
+            "pooled": self._accuracy(pooled, images),
+            "isolated": sum(alone) / self.plan.nodes,
+        }
+        self._local_stages(report.round, before, strategy)
+        self._union_stage(report.round, strategy.memory, accuracy["merged"])
+        self.result.exact &= pooled == strategy.memory
+        step = Step(len(known), report.up, report.down, report.seconds, accuracy)
+        self.result.steps.append(step)
+        self.setting.log(
+            report.round,
+            {
+                "classes": step.classes,
+                "bytes/up": step.up,
+                "bytes/down": step.down,
+                **{f"accuracy/{name}": value for name, value in accuracy.items()},
+            },
+        )
+        return step
+
     def _broadcast(self, strategy: PrototypeAveraging) -> None:
         """Leave every node with the final memory, and count the nodes that hold these bytes."""
-        messages = list(strategy.configure_broadcast(self.grid))
-        replies = exchange(self.grid, messages, timeout=self.cfg.job.timeout)
+        grid = self.setting.grid
+        messages = list(strategy.configure_broadcast(grid))
+        replies = exchange(grid, messages, timeout=self.cfg.job.timeout)
         digest = strategy.memory.sha256()
         self.result.holders = sum(
             reply.has_content() and reply.content["status"]["sha256"] == digest for reply in replies
         )
-        cost = self.result.costs["merged"] = Cost(
-            sum(s.up for s in self.result.steps),
-            sum(s.down for s in self.result.steps),
-            sum(s.seconds for s in self.result.steps),
+        steps = self.result.steps
+        self.result.costs["merged"] = Cost(
+            up=sum(step.up for step in steps),
+            down=sum(step.down for step in steps)
+            + sum(record_bytes(message.content) for message in messages),
+            seconds=sum(step.seconds for step in steps),
         )
-        cost.down += sum(record_bytes(message.content) for message in messages)
-
-    def _finetune(self) -> None:
-        """Run FedAvg with a growing head on the same missions."""
-        job = self.cfg.job.finetuned
-        strategy = GrowingHeadFedAvg(
-            briefing=self._briefing(), session=self.session, nodes=self.plan.nodes
-        )
-        start = FineTuning(self.encoder, (), **_optimiser(job))
-        cost = self.result.costs["finetuned"] = Cost()
-
-        def after(report: RoundReport, arrays: ArrayRecord) -> None:
-            images = self.judge.of(self.plan.known(report.round))
-            network = load_network(self.encoder, arrays, strategy.classes, _optimiser(job))
-            right = self.judge.correct_network(network.classes, network.predict, images)
-            self.result.steps[report.round - 1].accuracy["finetuned"] = fraction(right)
-            name = f"{_place(self.number)}/accuracy/finetuned"
-            self.run_.metrics.log(report.round, {name: fraction(right)})
-            cost.up += report.up
-            cost.down += report.down
-            cost.seconds += report.seconds
-            bar.update(report.round, f"finetuned {fraction(right):.1%}")
-
-        with self.run_.track.phase("FedAvg, the lower bound", self.plan.rounds) as bar:
-            run_rounds(
-                strategy,
-                self.grid,
-                network_record(start),
-                rounds=self.plan.rounds,
-                timeout=self.cfg.job.timeout,
-                after=after,
-            )
-
-    def _joint(self) -> float:
-        """Train one network on all support images at once."""
-        job, support = self.cfg.job.joint, self.plan.support
-        learner = FineTuning(self.encoder, support.classes, **_optimiser(job))
-        with self.run_.track.phase("joint training, the upper bound", 1):
-            learner.fit(
-                support.images,
-                support.labels,
-                epochs=job.epochs,
-                batch_size=job.batch_size,
-                rng=generator(self.cfg.seed, "joint", self.number),
-            )
-        images = self.judge.of(self.plan.known(self.plan.rounds))
-        return fraction(self.judge.correct_network(learner.classes, learner.predict, images))
 
     def _finish(self, strategy: PrototypeAveraging) -> None:
         """Judge every configured classifier on the final memory."""
@@ -342,14 +278,8 @@ class _Reconnaissance:
                 continue
             classifier = read_off(name, strategy.memory, groups=groups, **options)
             final[name] = fraction(self.judge.correct(classifier, images))
-        if self._wanted(self.cfg.job.joint):
-            final["joint"] = self._joint()
-
-    def _wanted(self, alternative: DictConfig | None) -> bool:
-        """Whether this draw runs an alternative that costs a training of its own."""
-        if alternative is None:
-            return False
-        return alternative.draws is None or self.number < alternative.draws
+        if wanted(self.cfg.job.joint, self.setting.number):
+            final["joint"] = joint(self.setting)
 
     def _pooled(self, round_: int) -> PrototypeMemory:
         """The memory of everything met so far, observed in one place and at once."""
@@ -391,19 +321,3 @@ class _Reconnaissance:
         if self.base_judge is not None:
             entry["base"] = self._base_accuracy(memory)
         self.result.stages["eval2"].append(entry)
-
-
-def _optimiser(job: DictConfig) -> dict[str, float]:
-    return {key: job[key] for key in ("lr", "momentum", "weight_decay")}
-
-
-def _place(draw: int) -> str:
-    return "fed" if draw == 0 else f"fed/draw{draw}"
-
-
-def _flat(step: Step, draw: int) -> dict[str, float]:
-    """Return a step's metrics by name; draws after the first get a folder of their own."""
-    place = _place(draw)
-    accuracy = {f"{place}/accuracy/{name}": value for name, value in step.accuracy.items()}
-    sizes = {f"{place}/bytes/up": step.up, f"{place}/bytes/down": step.down}
-    return {f"{place}/classes": step.classes, **sizes, **accuracy}

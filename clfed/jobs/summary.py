@@ -20,7 +20,7 @@ from clfed.reporting.tables import classifiers_table, summary_table
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from clfed.jobs.reconnaissance import Draw
+    from clfed.jobs.draw import Draw
 
 
 def report(
