@@ -277,7 +277,9 @@ class ContributorLedger:
                     piece.counts,
                     piece.sums,
                     outer=piece.outer,
-                    together=piece is delta,
+                    # Of shared moments the newest matrix wins, so rows that are still on their
+                    # way may be in it and rows that it replaced may not.
+                    together=False,
                 )
             except InvalidMessage as error:
                 raise InvalidMessage(
