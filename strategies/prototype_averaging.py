@@ -86,6 +86,8 @@ class PrototypeAveraging(TrainOnly):
         self._merge = merge
         self._briefing = dict(briefing or {})
         self._contributor: dict[int, str] = {}
+        self._node: dict[str, int] = {}
+        self._asked: set[int] = set()
         self._briefed: set[int] = set()
 
     @property
@@ -106,7 +108,9 @@ class PrototypeAveraging(TrainOnly):
             FederationError: No node came within the waiting time.
         """
         messages = []
-        for node in self.connected(grid):
+        ids = self.connected(grid)
+        self._asked = set(ids)
+        for node in ids:
             contributor = self._contributor.get(node)
             acknowledged = 0 if contributor is None else self.ledger.version_of(contributor)
             head = self.head(server_round, config, acknowledged=acknowledged)
@@ -177,13 +181,18 @@ class PrototypeAveraging(TrainOnly):
         if status.get("needs-briefing"):
             unbriefed.append(node)
             return None
+        if contributor == self._reserved:
+            raise InvalidMessage(f"No node may call itself {contributor!r}.")
+        holder = self._node.get(contributor, node)
+        # A restarted node comes back under another id; then its old id is not asked any more.
+        if holder != node and holder in self._asked:
+            raise InvalidMessage(f"{contributor!r} is the name of another connected node.")
         self._briefed.add(node)
         self._contributor[node] = contributor
+        self._node[contributor] = node
         if "rows" not in content:
             return None
         contribution = decode_contribution(arrays(content, "rows"))
-        if contributor == self._reserved:
-            raise InvalidMessage(f"No node may call itself {contributor!r}.")
         if contribution.contributor != contributor:
             raise InvalidMessage(
                 f"{contributor!r} sent rows in the name of {contribution.contributor!r}."

@@ -279,6 +279,16 @@ def test_two_nodes_with_one_name_are_refused(settings, encoder, tmp_path):
     assert len(strategy.last.refused) == 1
 
 
+def test_a_connected_node_cannot_take_another_ones_name(settings, encoder, tmp_path):
+    strategy, grid = federation(settings, encoder, tmp_path)
+    run(strategy, grid)
+    state = strategy.ledger.to_bytes()
+    forged = contribution(encoder, contributor="node-0", version=99)
+    strategy.aggregate_train(4, [reply(grid, content(encode_contribution(forged), "node-0"), 2)])
+    assert strategy.ledger.to_bytes() == state
+    assert "another connected node" in "".join(strategy.last.refused.values())
+
+
 def test_failing_nodes_end_the_run_with_their_own_words(settings, encoder, tmp_path):
     strategy, _ = federation(settings, encoder, tmp_path)
     with pytest.raises(FederationError, match="partition-id"):
