@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from clfed.strategies.base import TrainOnly
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -33,6 +32,7 @@ from clfed.errors import InvalidMessage
 from clfed.federated import records
 from clfed.prototypes.contribution import DEFAULT_CAP
 from clfed.prototypes.tables import checked_names
+from clfed.strategies.base import TrainOnly
 
 logger = logging.getLogger(__name__)
 Floats = NDArray[Any]

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from clfed.strategies.base import TrainOnly
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
@@ -25,6 +24,7 @@ from clfed.federated.records import arrays, config, text
 from clfed.federated.wire import decode_contribution, encode_memory
 from clfed.prototypes import MERGES, Contribution, ContributorLedger, PrototypeMemory
 from clfed.prototypes.contribution import DEFAULT_CAP
+from clfed.strategies.base import TrainOnly
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from clfed.strategies import GrowingHeadFedAvg
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from hypothesis import given, settings
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 from clfed.errors import FederationError
 from clfed.federated.grid import LocalGrid
+from clfed.strategies import GrowingHeadFedAvg
 
 WIDTH = 3
 

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from clfed.strategies import PrototypeAveraging
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from clfed.backbones import Encoder, Identity
@@ -18,6 +17,7 @@ from clfed.federated.node import briefing
 from clfed.federated.rounds import run_rounds
 from clfed.federated.wire import decode_memory, encode_contribution, encode_memory
 from clfed.prototypes import Contribution, PrototypeMemory
+from clfed.strategies import PrototypeAveraging
 
 DATA = {
     "_target_": "clfed.data.digits.load",

@@ -1,1 +1,1 @@
-"""Scores over images, and the accounts of bytes, seconds and memory."""
+"""Scores over test images."""

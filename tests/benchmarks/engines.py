@@ -12,14 +12,13 @@ import tempfile
 import time
 from functools import partial
 
-from clfed.strategies import PrototypeAveraging
-
 from clfed.backbones import Encoder, Identity
 from clfed.federated import engines
 from clfed.federated.field import field_settings, open_field
 from clfed.federated.node import briefing
 from clfed.federated.rounds import run_rounds
 from clfed.prototypes import PrototypeMemory
+from clfed.strategies import PrototypeAveraging
 
 
 def federation(
