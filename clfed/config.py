@@ -108,7 +108,7 @@ def build(config: Mapping[str, Any], /, **arguments: Any) -> Any:
 
     target = config.get("_target_")
     try:
-        call = instantiate({**config, "_partial_": True}, _convert_="all")
+        call = instantiate({**config, "_partial_": True}, _recursive_=False, _convert_="all")
     except InstantiationException as error:
         raise ConfigError(f"{target} cannot be used: {one_sentence(error)}") from error
     given = {**call.keywords, **arguments}

@@ -26,6 +26,7 @@ from clfed.learners.loop import average_weights, nearest_mean_accuracy, validati
 from clfed.learners.options import TrainerOptions, fast_bfloat16
 from clfed.learners.protonet import squared_distance_logits
 from clfed.learners.training import BaseTraining, base_encoder, cache_key, train_base
+from clfed.scenarios.streams import Experience
 
 TRANSFORM = Transform((0.5,), (0.25,))
 BACKBONE = {"_target_": "clfed.backbones.Conv4", "widths": [4, 4, 4, 8]}
@@ -69,6 +70,18 @@ def benchmark(base: int = 6, validation: int = 3, field: int = 3, images: int = 
 def protonet(**options) -> PrototypicalNetwork:
     options = {"steps": 1, "way": 3, "shot": 2, "query": 2} | options
     return PrototypicalNetwork(Conv4(1, 16, (4, 4, 4, 8)), TRANSFORM, **options)
+
+
+def five_classes() -> Experience:
+    data = ImageSet(torch.randn(10, 4), torch.arange(10) % 5, tuple("abcde"))
+    return Experience(0, data, phase=0)
+
+
+def cross_entropy(**options) -> CrossEntropy:
+    """Five classes of ready features of length 4, at the first step."""
+    learner = CrossEntropy(nn.Linear(4, 4), TRANSFORM, steps=1, dim=4, **options)
+    learner.begin_experience(five_classes())
+    return learner
 
 
 # The loss
@@ -146,9 +159,7 @@ def test_cosine_metric_ignores_lengths():
 
 @pytest.mark.parametrize("head", ["linear", "cosine", "euclidean"])
 def test_cross_entropy_heads_against_numpy(head):
-    learner = CrossEntropy(
-        nn.Identity(), TRANSFORM, steps=1, num_classes=5, dim=4, head=head, temperature=3.0
-    )
+    learner = cross_entropy(head=head, temperature=3.0)
     embeddings, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 4, 0])
     z, w = embeddings.double().numpy(), learner.weight.detach().double().numpy()
     expected = []
@@ -168,8 +179,23 @@ def test_cross_entropy_heads_against_numpy(head):
 
 
 def test_rotated_classes_have_heads_of_their_own():
-    learner = CrossEntropy(nn.Identity(), TRANSFORM, steps=1, num_classes=5, dim=4, rotations=True)
+    learner = cross_entropy(rotations=True)
     assert learner.logits(torch.zeros(2, 4)).shape == (2, 20)
+
+
+def test_the_head_is_thrown_away():
+    learner = cross_entropy()
+    assert learner.weight.shape == (5, 4)
+    learner.finish(five_classes())
+    assert learner.weight.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"train": "all"}, {"head": "round"}, {"temperature": 0.0}, {"batch_size": 1}]
+)
+def test_bad_options_of_cross_entropy_are_refused(options):
+    with pytest.raises(ConfigError):
+        cross_entropy(**options)
 
 
 # Schedules
@@ -211,6 +237,13 @@ def test_cosine_schedule_and_warmup():
         {"ema": 1.0},
         {"weight_decay": -1.0},
         {"metric": "manhattan"},
+        {"way": 1},
+        {"shot": 0},
+        {"query": 0},
+        {"icnn_set": "all"},
+        {"proto_triplet": -1.0},
+        {"prototypical": 0.0},
+        {"margin": -0.1},
         {"augmentation": {"padding": "wood"}},
     ],
 )
@@ -664,11 +697,14 @@ def test_ready_features_need_no_training_and_no_base(tmp_path):
 
 
 def test_data_and_backbone_must_fit(tmp_path):
-    identity = replace(CFG, backbone={"_target_": "clfed.backbones.Identity"})
-    with pytest.raises(ConfigError, match="holds images"):
-        base_encoder(identity, benchmark(), seed=0, cache=tmp_path)
     with pytest.raises(ConfigError, match="ready features"):
         base_encoder(CFG, features(), seed=0, cache=tmp_path)
+
+
+def test_pixels_themselves_need_no_training(tmp_path):
+    identity = replace(CFG, backbone={"_target_": "clfed.backbones.Identity"})
+    trained = train_base(identity, benchmark(), seed=0, cache=tmp_path)
+    assert trained.summary.steps == 0 and trained.encoder.dim == 16 * 16
 
 
 def test_base_training_needs_base_classes(tmp_path):
@@ -721,7 +757,8 @@ def test_every_configuration_trains(name, tmp_path):
     small = {"steps": 2, "way": 3, "shot": 2, "query": 2, "batch_size": 8}
     known = {**read.learner, **{key: small[key] for key in small if key in read.learner}}
     encoder = base_encoder(replace(read, learner=known), benchmark(), seed=0, cache=tmp_path)
-    assert encoder.dim == 8
+    images = benchmark().train.images
+    assert encoder.embed(images).shape == (len(images), encoder.dim)
 
 
 def test_configuration_is_read():

@@ -129,7 +129,7 @@ def test_examples_are_short():
 
 
 def test_the_learner_trains(examples, tmp_path):
-    cfg = compose([examples, "learner=supcon", "learner.steps=2", "trainer.threads=1"])
+    cfg = compose([examples, "learner=supcon", "learner.epochs=1", "trainer.threads=1"])
     rng = torch.Generator().manual_seed(0)
     names = tuple(map(str, range(31)))
     labels = torch.arange(31).repeat_interleave(10)

@@ -19,7 +19,6 @@ from clfed.backbones.build import (
     build_feature_map,
     check_metadata,
 )
-from clfed.backbones.identity import Identity
 from clfed.errors import EncoderError, InvalidEmbedding
 from clfed.prototypes.storage import write_file
 
@@ -112,6 +111,10 @@ class Encoder:
     def input_shape(self) -> tuple[int, ...]:
         """``(C, H, W)`` of the images, or ``(D,)`` of ready features."""
         return tuple(self._meta["input_shape"])
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float32 if len(self.input_shape) == 1 else torch.uint8
 
     @property
     def backbone(self) -> nn.Module:
@@ -223,9 +226,8 @@ class Encoder:
             raise EncoderError(f"{path}: {error}") from error
 
     def _probe(self) -> int:
-        images = not isinstance(self._backbone, Identity)
         try:
-            blank = torch.zeros(2, *self.input_shape, dtype=torch.uint8 if images else None)
+            blank = torch.zeros(2, *self.input_shape, dtype=self._dtype)
             embeddings = self._forward(blank)
         except RuntimeError as error:
             raise EncoderError(
@@ -249,10 +251,10 @@ class Encoder:
             return self._feature_map(embeddings).float() if self._feature_map else embeddings
 
     def _check_input(self, images: Tensor) -> None:
-        dtype = torch.float32 if isinstance(self._backbone, Identity) else torch.uint8
-        if images.dtype != dtype or tuple(images.shape[1:]) != self.input_shape:
+        if images.dtype != self._dtype or tuple(images.shape[1:]) != self.input_shape:
             raise InvalidEmbedding(
-                f"Expected {dtype} images of shape (N, {', '.join(map(str, self.input_shape))}), "
+                f"Expected {self._dtype} images of shape (N, "
+                f"{', '.join(map(str, self.input_shape))}), "
                 f"got {images.dtype} of shape {tuple(images.shape)}.",
                 remedy="Use the data set that the encoder was made for, or make a new encoder.",
             )

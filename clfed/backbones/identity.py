@@ -1,4 +1,4 @@
-"""Features that are ready: somebody else's network made them."""
+"""No network at all: ready features, or the pixels themselves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Identity(nn.Module):
-    """Hand ready features ``(B, D)`` through unchanged; nothing is trained.
+    """Hand ready features ``(B, D)`` through, or images as rows of pixels; nothing is trained.
 
     Args:
         in_channels: Ignored; every backbone is built with the shape of the data.
@@ -17,5 +17,5 @@ class Identity(nn.Module):
         super().__init__()
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the ``(B, D)`` float32 features themselves."""
-        return features
+        """Return float32 ``(B, D)`` features themselves, ``(B, C, H, W)`` as ``(B, C * H * W)``."""
+        return features.flatten(1)

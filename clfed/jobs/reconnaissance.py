@@ -41,7 +41,7 @@ from clfed.federated.wire import record_bytes
 from clfed.jobs.alternatives import finetuned, joint, optimiser, wanted
 from clfed.jobs.draw import Cost, Draw, Setting, Step
 from clfed.jobs.run import Run, open_run, train_encoder
-from clfed.jobs.settings import check
+from clfed.jobs.settings import answering, check
 from clfed.prototypes import (
     MERGES,
     Contribution,
@@ -111,7 +111,8 @@ def rehearse(cfg: DictConfig) -> None:
     seen = ledger.total.observe(torch.eye(4)[:, :2], ["a", "b", "a", "b"])
     ledger.receive(Contribution.of("nobody", 1, seen))
     MERGES[cfg.merge](seen, [seen])
-    read_off(cfg.job.classifier, ledger.total)
+    name, options = answering(cfg)
+    read_off(name, ledger.total, **options)
     for name, options in cfg.job.classifiers.items():
         read_off(name, ledger.total, groups=ledger.groups(), **options)
 
@@ -296,7 +297,8 @@ class _Reconnaissance:
         return fraction(judge.correct(self._classifier(memory), images))
 
     def _classifier(self, memory: PrototypeMemory) -> Any:
-        return read_off(self.cfg.job.classifier, memory) if len(memory) else None
+        name, options = answering(self.cfg)
+        return read_off(name, memory, **options) if len(memory) else None
 
     def _local_stages(
         self, round_: int, before: PrototypeMemory, strategy: PrototypeAveraging

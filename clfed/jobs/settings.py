@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from clfed.errors import ConfigError
 from clfed.prototypes import CLASSIFIERS, MERGES
@@ -34,15 +34,56 @@ def check(cfg: DictConfig) -> None:
             whole(cfg, f"job.{name}.draws", least=0)
     one_of(cfg, "merge", MERGES)
     one_of(cfg, "memory.moments", get_args(Moments))
-    one_of(cfg, "job.classifier", CLASSIFIERS)
-    classifiers = cfg.job.classifiers
-    if not isinstance(classifiers, DictConfig):
-        raise _wrong("job.classifiers", "names with their options", classifiers)
-    for name, options in ((str(key), value) for key, value in classifiers.items()):
-        if name not in CLASSIFIERS:
-            raise _wrong("job.classifiers", f"names among {', '.join(CLASSIFIERS)}", name)
-        if not isinstance(options, Mapping | DictConfig):
-            raise _wrong(f"job.classifiers.{name}", "options, {} for none", options)
+    answering(cfg)
+    _check_classifiers(cfg)
+
+
+def answering(cfg: DictConfig) -> tuple[str, dict[str, Any]]:
+    """Return name and options of the classifier that answers in reconnaissance missions.
+
+    Raises:
+        ConfigError: It does not exist, or the learner answers with more than exact statistics.
+    """
+    found = cfg.job.classifier
+    if found is None:
+        raise ConfigError(
+            f"learner={cfg.learner.get('name', '?')} answers with its own network, which does not "
+            "merge exactly, so it cannot run in reconnaissance missions.",
+            remedy="Choose a learner of exact statistics (ncm, slda, fecam, ranpac, teen, ...), or "
+            "set job.classifier to what is to be read off the merged statistics.",
+        )
+    options = dict(found) if isinstance(found, Mapping | DictConfig) else {"name": found}
+    name = options.pop("name", None)
+    if name not in CLASSIFIERS:
+        raise _wrong("job.classifier", f"one of {', '.join(CLASSIFIERS)}", name)
+    return str(name), options
+
+
+def check_continual(cfg: DictConfig) -> None:
+    """Refuse settings of the continual job that are of the wrong kind.
+
+    Raises:
+        ConfigError: Names the first key that does not fit.
+    """
+    stability = cfg.job.stability
+    if stability.every is not None:
+        whole(cfg, "job.stability.every", least=1)
+    if stability.samples is not None:
+        whole(cfg, "job.stability.samples", least=1)
+    windows = OmegaConf.select(cfg, "job.stability.windows")
+    if not isinstance(windows, ListConfig) or not all(
+        isinstance(w, int) and not isinstance(w, bool) and w > 1 for w in windows
+    ):
+        raise _wrong("job.stability.windows", "a list of whole numbers of at least 2", windows)
+    ks = cfg.job.recall_at
+    if ks is not None and not (
+        isinstance(ks, ListConfig)
+        and all(isinstance(k, int) and not isinstance(k, bool) and k > 0 for k in ks)
+    ):
+        raise _wrong("job.recall_at", "a list of whole numbers of at least 1", ks)
+    if not isinstance(cfg.job.resume, bool):
+        raise _wrong("job.resume", "true or false", cfg.job.resume)
+    _check_classifiers(cfg)
 
 
 def whole(cfg: DictConfig, key: str, *, least: int) -> None:
@@ -68,3 +109,14 @@ def one_of(cfg: DictConfig, key: str, known: Iterable[str]) -> None:
 
 def _wrong(key: str, expected: str, value: Any) -> ConfigError:
     return ConfigError(f"{key} must be {expected}, got {value!r}.")
+
+
+def _check_classifiers(cfg: DictConfig) -> None:
+    classifiers = cfg.job.classifiers
+    if not isinstance(classifiers, DictConfig):
+        raise _wrong("job.classifiers", "names with their options", classifiers)
+    for name, options in ((str(key), value) for key, value in classifiers.items()):
+        if name not in CLASSIFIERS:
+            raise _wrong("job.classifiers", f"names among {', '.join(CLASSIFIERS)}", name)
+        if not isinstance(options, Mapping | DictConfig):
+            raise _wrong(f"job.classifiers.{name}", "options, {} for none", options)

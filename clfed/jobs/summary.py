@@ -11,6 +11,7 @@ from clfed.backbones import Encoder
 from clfed.errors import FederationError
 from clfed.federated.field import Field
 from clfed.jobs.run import Run
+from clfed.jobs.settings import answering
 from clfed.reporting import figures
 from clfed.reporting.console import console
 from clfed.reporting.metrics import flatten
@@ -173,7 +174,7 @@ def _protocol(
         ),
         "merge": cfg.merge,
         "moments": cfg.memory.moments,
-        "classifier": cfg.job.classifier,
+        "classifier": answering(cfg)[0],
         "embedding": encoder.embedding_id,
         "embedding_size": encoder.dim,
         "training": dict(training) if training is not None else None,

@@ -1,8 +1,18 @@
-"""Learners: one file a method, its paper and its equation at the top."""
+"""Learners: one file a method, its paper and its equation at the top.
 
-from clfed.learners.base import EmbeddingLearner
+A method is found by the ``_target_`` of its file in ``conf/learner``; it need not be listed here.
+"""
+
+from clfed.learners.base import ContinualLearner, LossTerm, Step
 from clfed.learners.cross_entropy import CrossEntropy
 from clfed.learners.fine_tuning import FineTuning
 from clfed.learners.protonet import PrototypicalNetwork
 
-__all__ = ["CrossEntropy", "EmbeddingLearner", "FineTuning", "PrototypicalNetwork"]
+__all__ = [
+    "ContinualLearner",
+    "CrossEntropy",
+    "FineTuning",
+    "LossTerm",
+    "PrototypicalNetwork",
+    "Step",
+]

@@ -13,7 +13,7 @@ arXiv 1904.04232, where the cosine head is "Baseline++"; Gidaris & Komodakis 201
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,19 @@ from torch.nn import functional as F  # noqa: N812
 from clfed.backbones.encoder import Transform
 from clfed.data.benchmark import ImageSet
 from clfed.errors import ConfigError
-from clfed.learners.base import EmbeddingLearner
-from clfed.learners.episodes import ROTATIONS, Augmentation, Shuffled
+from clfed.learners.base import ContinualLearner, LossTerm
+from clfed.learners.episodes import ROTATIONS
 from clfed.learners.protonet import squared_distance_logits
+from clfed.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from clfed.scenarios.streams import Experience
 
 HEADS = ("linear", "cosine", "euclidean")
 
 
-class CrossEntropy(EmbeddingLearner):
-    """Learn embeddings by telling all base classes apart.
+class CrossEntropy(ContinualLearner):
+    """Learn embeddings by telling the first classes apart; the nearest class mean answers.
 
     Args:
         backbone: The network to train.
@@ -40,10 +44,16 @@ class CrossEntropy(EmbeddingLearner):
         temperature: Factor of the cosines, or of the squared distances at the start (there it is
             learned).
         label_smoothing: Share of the target spread over all classes.
-        rotations: Take each class rotated by 90, 180 and 270 degrees as three further classes.
-        augmentation: Options of :class:`~clfed.learners.episodes.Augmentation`, or None.
-        options: Options of :class:`~clfed.learners.base.EmbeddingLearner`.
+        train: ``first``, or ``none`` to leave the network as it is.
+        classifier: What is read off the memory in a stream.
+        options: Options of :class:`~clfed.learners.base.ContinualLearner`; ``rotations`` takes
+            each class turned by 90, 180 and 270 degrees as three further classes.
+
+    Raises:
+        ConfigError: An option has no such choice or is out of range.
     """
+
+    merges = "exact"
 
     def __init__(
         self,
@@ -54,33 +64,57 @@ class CrossEntropy(EmbeddingLearner):
         head: str = "cosine",
         temperature: float = 16.0,
         label_smoothing: float = 0.0,
-        rotations: bool = False,
-        augmentation: Mapping[str, Any] | None = None,
+        train: str = "first",
+        classifier: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(backbone, transform, **options)
+        super().__init__(
+            backbone,
+            transform,
+            batch_size=batch_size,
+            train=train,
+            classifier=classifier or {"name": "ncm"},
+            **options,
+        )
         if head not in HEADS or batch_size < 2 or temperature <= 0:
             raise ConfigError(
                 f"Expected learner.head of {HEADS}, batch_size >= 2 and temperature > 0, got "
                 f"{head!r}, {batch_size} and {temperature}."
             )
-        self.head, self.batch_size, self.label_smoothing = head, batch_size, label_smoothing
-        self.rotations = rotations
-        self.augmentation = None if augmentation is None else Augmentation(**augmentation)
-        rows = self.num_classes * (ROTATIONS if rotations else 1)
-        self.weight = nn.Parameter(torch.randn(rows, self.dim) / self.dim**0.5)
-        self.bias = nn.Parameter(torch.zeros(rows), requires_grad=head == "linear")
-        self.scale = nn.Parameter(torch.tensor(temperature), requires_grad=head == "euclidean")
+        if train == "all":
+            raise ConfigError(
+                "cross_entropy learns from the first experience alone, got learner.train=all.",
+                remedy="Choose learner=naive or another learner that goes on learning.",
+            )
+        self.kind, self.label_smoothing = head, label_smoothing
+        self.temperature = temperature
+        third = {"linear": ("bias",), "cosine": (), "euclidean": ("scale",)}[head]
+        self.terms = (LossTerm("classification", 1.0, ("backbone", "weight", *third)),)
+        self._make_proxies(0)
 
-    def batches(self, images: ImageSet, *, seed: int, start: int = 0) -> Shuffled:
-        """Return batches of images drawn with equal chance, with replacement."""
-        return Shuffled(
-            images,
-            batch_size=self.batch_size,
-            steps=range(start, self.steps),
-            seed=seed,
-            rotations=self.rotations,
-            augmentation=self.augmentation,
+    def begin_experience(self, experience: Experience) -> None:
+        """Draw a proxy for each class, and for each of its rotations."""
+        super().begin_experience(experience)
+        if self.length:
+            self._make_proxies(len(self.classes) * (ROTATIONS if self.rotations else 1))
+
+    def training_data(self, experience: Experience) -> ImageSet:
+        """Return the images, their classes by name: the order that they came in is chance."""
+        data, names = experience.train, tuple(sorted(self.classes))
+        place = torch.tensor([*map(names.index, data.classes)], dtype=torch.int64)
+        return ImageSet(data.images, place[data.labels], names)
+
+    def finish(self, experience: Experience) -> None:
+        """Throw the head away."""
+        self._make_proxies(0)
+
+    def _make_proxies(self, rows: int) -> None:
+        rng = torch.Generator().manual_seed(derive_seed(self.seed, "learner"))
+        weight = torch.randn(rows, self.dim, generator=rng) / max(self.dim, 1) ** 0.5
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(torch.zeros(rows), requires_grad=self.kind == "linear")
+        self.scale = nn.Parameter(
+            torch.tensor(self.temperature), requires_grad=self.kind == "euclidean"
         )
 
     def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -90,9 +124,9 @@ class CrossEntropy(EmbeddingLearner):
         )
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Map ``(B, D)`` to one logit for each base class and rotation."""
-        if self.head == "linear":
+        """Map ``(B, D)`` to one logit for each class and rotation."""
+        if self.kind == "linear":
             return F.linear(embeddings, self.weight, self.bias)
-        if self.head == "cosine":
+        if self.kind == "cosine":
             return self.scale * F.linear(F.normalize(embeddings), F.normalize(self.weight))
         return self.scale * squared_distance_logits(embeddings, self.weight)

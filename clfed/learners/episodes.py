@@ -214,6 +214,70 @@ class Shuffled(_Steps):
         return drawn % len(self.data), drawn // len(self.data)
 
 
+class Epochs(IterableDataset[tuple[Tensor, Tensor]]):
+    """Whole passes over a set of images, each in an order of its own.
+
+    Batches of a pass differ in size by one image at most, so that none is too small for batch
+    normalisation. Yields images ``(views * B, ...)``, view after view, and labels ``(views * B,)``.
+
+    Args:
+        images: The images.
+        batch_size: Largest number of images a batch.
+        steps: The batches' numbers over all passes.
+        seed: Decides orders and views, together with the number of the pass or batch.
+        views: Copies of each image, each changed on its own.
+        augmentation: Random change of every image.
+        noise: Standard deviation of what is added to ready features.
+
+    Raises:
+        ConfigError: Ready features were to be augmented.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        batch_size: int,
+        steps: range,
+        seed: int,
+        views: int = 1,
+        augmentation: Augmentation | None = None,
+        noise: float = 0.0,
+    ) -> None:
+        features = images.images.dim() == 2
+        if features and augmentation:
+            raise ConfigError(
+                "Ready features cannot be augmented.",
+                remedy="Set learner.augmentation=null; learner.feature_noise makes their views.",
+            )
+        self.data, self.steps, self.seed, self.views = images, steps, seed, views
+        self.batches = math.ceil(len(images) / batch_size)
+        self.augmentation, self.noise = augmentation, noise if features else 0.0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch = -1
+        order: tuple[Tensor, ...] = ()
+        images, labels = self.data.images, self.data.labels
+        for step in self.steps:
+            if step // self.batches != epoch:
+                epoch = step // self.batches
+                rng = generator(self.seed, "order", epoch)
+                shuffled = torch.randperm(len(images), generator=rng)
+                order = shuffled.tensor_split(self.batches)
+            chosen = order[step % self.batches]
+            batch, names = images[chosen], labels[chosen]
+            if self.views > 1:
+                batch, names = torch.cat([batch] * self.views), names.repeat(self.views)
+            if self.augmentation or self.noise:
+                batch = self._changed(batch, generator(self.seed, "views", step))
+            yield batch, names
+
+    def _changed(self, batch: Tensor, rng: torch.Generator) -> Tensor:
+        if self.augmentation:
+            return self.augmentation(batch, rng)
+        return batch + self.noise * torch.randn(batch.shape, generator=rng)
+
+
 def with_rotations(images: ImageSet) -> ImageSet:
     """Return four times the classes: class ``c`` turned ``r`` times is ``c + r * len(classes)``."""
     turned = [torch.rot90(images.images, turns, (-2, -1)) for turns in range(ROTATIONS)]

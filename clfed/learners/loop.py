@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from clfed.backbones import Encoder
 from clfed.data.benchmark import ImageSet
 from clfed.errors import EncoderError, InvalidEmbedding, NotEnoughData
-from clfed.learners.base import Batch, EmbeddingLearner
+from clfed.learners.base import Batch, ContinualLearner
 from clfed.learners.episodes import with_rotations
 from clfed.learners.options import Progress, TrainerOptions, TrainingSummary
 from clfed.learners.protonet import squared_distance_logits
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def fit(
-    learner: EmbeddingLearner,
+    learner: ContinualLearner,
     base: ImageSet,
     validation: ImageSet,
     options: TrainerOptions,
@@ -70,9 +70,9 @@ def fit(
         encode=encode,
         progress=progress,
     )
-    with _threads(options.threads), _quiet():
+    with threads(options.threads), quiet():
         trainer = L.Trainer(
-            max_steps=learner.steps,
+            max_steps=learner.length,
             max_epochs=-1,
             accelerator=options.accelerator,
             devices=1,
@@ -88,13 +88,13 @@ def fit(
         # Its own generator: a loader without one draws from the ambient state.
         loader = DataLoader(batches, batch_size=None, generator=torch.Generator())
         trainer.fit(learner, loader, ckpt_path=checkpoint if start else None)
-    if watch.best is None or trainer.global_step < learner.steps:
+    if watch.best is None or trainer.global_step < learner.length:
         raise EncoderError(
-            f"The training was stopped at step {trainer.global_step} of {learner.steps}.",
+            f"The training was stopped at step {trainer.global_step} of {learner.length}.",
             remedy="Run the command again; it goes on from its last checkpoint.",
         )
     return watch.best, TrainingSummary(
-        steps=learner.steps,
+        steps=learner.length,
         best_step=watch.best_step,
         validation=watch.curve,
         precision=options.resolved_precision(),
@@ -107,7 +107,7 @@ class _Watch(L.Callback):
 
     def __init__(
         self,
-        learner: EmbeddingLearner,
+        learner: ContinualLearner,
         *,
         validation: ImageSet,
         support: Tensor,
@@ -142,7 +142,7 @@ class _Watch(L.Callback):
         batch_idx: int,
     ) -> None:
         """Do what is due after a step."""
-        step, total = trainer.global_step, self.learner.steps
+        step, total = trainer.global_step, self.learner.length
         loss = float(outputs["loss"])
         if not math.isfinite(loss):
             raise InvalidEmbedding(
@@ -273,7 +273,8 @@ def _steps_done(checkpoint: Path) -> int:
 
 
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
+def threads(number: int) -> Iterator[None]:
+    """Compute with a fixed number of processor threads while the block lasts."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -283,7 +284,7 @@ def _threads(number: int) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what Lightning says about hardware, workers and the end of a training."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]

@@ -9,6 +9,7 @@ import torch
 
 from clfed.errors import ConfigError
 
+LOOPS = ("lightning", "fast")
 PRECISIONS = ("auto", "32", "bf16-mixed")
 
 Progress = Callable[[int, int, str], None]
@@ -27,6 +28,8 @@ class TrainerOptions:
         validation_shots: Images a validation class that make its prototype.
         resume_every: Steps between two checkpoints that a killed training goes on from; 0: none.
         accelerator: ``cpu``, or what Lightning offers: ``gpu``, ``auto``.
+        loop: Who trains an experience of a stream: Lightning's ``Trainer`` (``lightning``), or a
+            plain loop over the same hooks on the CPU (``fast``). Same numbers from both.
 
     Raises:
         ConfigError: A value is out of range.
@@ -38,8 +41,11 @@ class TrainerOptions:
     validation_shots: int = 15
     resume_every: int = 500
     accelerator: str = "cpu"
+    loop: str = "lightning"
 
     def __post_init__(self) -> None:
+        if self.loop not in LOOPS:
+            raise ConfigError(f"Expected trainer.loop of {', '.join(LOOPS)}, got {self.loop!r}.")
         object.__setattr__(self, "precision", str(self.precision))  # YAML reads 32 as a number
         if self.precision not in PRECISIONS:
             raise ConfigError(

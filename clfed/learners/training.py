@@ -14,19 +14,22 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from clfed.backbones import Encoder, Identity
+from clfed.backbones import MLP, Encoder, Identity
 from clfed.backbones.encoder import Transform
 from clfed.config import build
 from clfed.data.benchmark import Benchmark, ImageSet
 from clfed.errors import ConfigError, EncoderError, NotEnoughData
-from clfed.learners.base import EmbeddingLearner
+from clfed.learners.base import ContinualLearner
 from clfed.learners.loop import fit
 from clfed.learners.options import Progress, TrainerOptions, TrainingSummary
 from clfed.prototypes.storage import write_file
+from clfed.scenarios.streams import Experience
 from clfed.seeding import derive_seed
 
 # Raise it when a change of the code changes what the same settings train.
 TRAINING_VERSION = 1
+# Options of a learner that change what is read off a memory, and no weight.
+NOT_TRAINING = ("name", "classifier", "moments", "feature_map")
 log = logging.getLogger(__name__)
 
 
@@ -121,14 +124,10 @@ def train_base(
         RunFolderError: The encoder cannot be written.
     """
     shape = tuple(benchmark.train.images.shape[1:])
-    target = str(cfg.backbone.get("_target_", "")).rpartition(".")[2]
-    if (target == Identity.__name__) != (len(shape) == 1):
-        kind = "ready features" if len(shape) == 1 else "images"
-        raise ConfigError(
-            f"data={benchmark.name} holds {kind}, which backbone {target} does not take.",
-            remedy="Ready features go with backbone=identity, images with any other.",
-        )
-    trained = bool(cfg.learner.get("_target_")) and target != Identity.__name__
+    check_backbone(cfg.backbone, shape, benchmark.name)
+    backbone = initial_backbone(cfg.backbone, shape, seed)
+    weights = any(True for _ in backbone.parameters())
+    trained = bool(cfg.learner.get("_target_")) and len(shape) == 3 and weights
     base = benchmark.train.of_classes(benchmark.groups["base"])
     validation = benchmark.train.of_classes(benchmark.groups["validation"])
     if trained and not base.classes:
@@ -136,10 +135,8 @@ def train_base(
             f"Base training needs base classes, data={benchmark.name} has none.",
             remedy="Choose data with base classes, or learner=none.",
         )
-    backbone = _initial_backbone(cfg.backbone, shape, seed)
     if not trained:
-        encoder = _encoder(backbone, cfg, benchmark)
-        return TrainedBase(encoder, TrainingSummary(0, 0, [], "32", 0.0), cached=False)
+        return _untrained(backbone, cfg, benchmark)
 
     key = cache_key(cfg, benchmark, base, validation, seed)
     path = cache / "base" / f"{key}.safetensors"
@@ -147,7 +144,11 @@ def train_base(
         return found
     _make_folder(path.parent)
     dim = _encoder(backbone, replace(cfg, feature_map=None), benchmark).dim
-    learner = _learner(cfg.learner, backbone, benchmark, dim, seed)
+    learner = make_learner(cfg.learner, backbone, benchmark, dim=dim, seed=seed)
+    learner.check_base(base)
+    learner.begin_experience(Experience(0, base, phase=0))
+    if not learner.length:  # a method that leaves the network as it is
+        return _untrained(backbone, cfg, benchmark)
     best, summary = fit(
         learner,
         base,
@@ -171,7 +172,7 @@ def cache_key(
     """Return the SHA-256 of everything that decides the bits of an encoder."""
     content = {
         "version": TRAINING_VERSION,
-        "learner": dict(cfg.learner),
+        "learner": {key: v for key, v in cfg.learner.items() if key not in NOT_TRAINING},
         "backbone": dict(cfg.backbone),
         "feature_map": cfg.feature_map and dict(cfg.feature_map),
         "trainer": {
@@ -189,6 +190,21 @@ def cache_key(
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def check_backbone(config: Mapping[str, Any], shape: tuple[int, ...], data: str) -> None:
+    """Refuse a backbone that cannot take the data.
+
+    Raises:
+        ConfigError: Ready features for a network of convolutions, or pixels for none at all.
+    """
+    target = str(config.get("_target_", "")).rpartition(".")[2]
+    takes_features = target in (Identity.__name__, MLP.__name__)
+    if len(shape) == 1 and not takes_features:
+        raise ConfigError(
+            f"data={data} holds ready features, which backbone {target} does not take.",
+            remedy="Ready features go with backbone=identity or backbone=mlp.",
+        )
+
+
 @contextmanager
 def initialisation(seed: int, purpose: str) -> Iterator[None]:
     """Let modules draw their initial weights from a seed and leave no trace of it behind."""
@@ -197,32 +213,41 @@ def initialisation(seed: int, purpose: str) -> Iterator[None]:
         yield
 
 
-def _initial_backbone(config: Mapping[str, Any], shape: tuple[int, ...], seed: int) -> nn.Module:
+def initial_backbone(config: Mapping[str, Any], shape: tuple[int, ...], seed: int) -> nn.Module:
+    """Build a backbone for images ``(C, H, W)`` or features ``(D,)``, its weights from a seed."""
     channels, size = (*shape, 0)[:2]
     with initialisation(seed, "backbone"):
         built = build(config, in_channels=channels, image_size=size)
     return cast(nn.Module, built)
 
 
-def _learner(
-    config: Mapping[str, Any],
-    backbone: nn.Module,
-    benchmark: Benchmark,
-    dim: int,
-    seed: int,
-) -> EmbeddingLearner:
+def make_learner(
+    config: Mapping[str, Any], backbone: nn.Module, benchmark: Benchmark, *, dim: int, seed: int
+) -> ContinualLearner:
+    """Build the learner that a configuration names.
+
+    Args:
+        config: ``_target_`` and options of a learner.
+        backbone: The network to train.
+        benchmark: Whose pixels it will see.
+        dim: Length of an embedding.
+        seed: Decides everything random in the learner.
+
+    Raises:
+        ConfigError: No learner, or options that it does not take.
+    """
     with initialisation(seed, "learner"):
         learner = build(
             config,
             backbone=backbone,
             transform=Transform(benchmark.mean, benchmark.std),
-            num_classes=len(benchmark.groups["base"]),
             dim=dim,
+            seed=seed,
         )
-    if not isinstance(learner, EmbeddingLearner):
+    if not isinstance(learner, ContinualLearner):
         raise ConfigError(
-            f"{type(learner).__name__} does not train an embedding.",
-            remedy="Choose a learner that does: protonet, cross_entropy or none.",
+            f"{type(learner).__name__} is not a learner.",
+            remedy="clfed --help lists the learners.",
         )
     return learner
 
@@ -236,6 +261,11 @@ def _encoder(network: nn.Module, cfg: BaseTraining, benchmark: Benchmark) -> Enc
         std=benchmark.std,
         feature_map=cfg.feature_map,
     )
+
+
+def _untrained(backbone: nn.Module, cfg: BaseTraining, benchmark: Benchmark) -> TrainedBase:
+    encoder = _encoder(backbone, cfg, benchmark)
+    return TrainedBase(encoder, TrainingSummary(0, 0, [], "32", 0.0), cached=False)
 
 
 def _make_folder(folder: Path) -> None:

@@ -23,6 +23,8 @@ from clfed.errors import (
     NotEnoughData,
     UnsupportedStatistics,
 )
+from clfed.prototypes.bayesian import bayes
+from clfed.prototypes.calibration import teen
 from clfed.prototypes.covariance import apply, correlation, solve, whitening
 from clfed.prototypes.fixed_point import RESOLUTION
 from clfed.prototypes.groups import Groups
@@ -305,6 +307,8 @@ CLASSIFIERS: Mapping[str, Callable[..., Classifier]] = MappingProxyType(
         "gaussian": gaussian,
         "ridge": ridge,
         "fedcof": message_mean_covariance,
+        "teen": teen,
+        "bayes": bayes,
     }
 )
 
@@ -320,7 +324,8 @@ def read_off(
     """The classifier of that name, from :data:`CLASSIFIERS`.
 
     Args:
-        name: ``ncm``, ``ncm_cosine``, ``lda``, ``fecam``, ``gaussian``, ``ridge`` or ``fedcof``.
+        name: ``ncm``, ``ncm_cosine``, ``lda``, ``fecam``, ``gaussian``, ``ridge``, ``fedcof``,
+            ``teen`` or ``bayes``.
         memory: What is known.
         groups: The same before pooling; used by ``fedcof`` alone.
         classes: Label space, in this order; all classes of the memory when omitted.

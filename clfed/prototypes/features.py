@@ -36,7 +36,7 @@ def tukey(embeddings: Tensor, beta: float = 0.5) -> Tensor:
 
 
 class RandomProjection:
-    r"""Random hidden layer :math:`\phi(z) = \max(z W, 0)`, :math:`W_{ij} \sim N(0, 1)`, fixed.
+    r"""Random hidden layer :math:`\phi(z) = s \max(z W, 0)`, :math:`W_{ij} \sim N(0, 1)`, fixed.
 
     RanPAC (McDonnell et al. 2023, arXiv 2307.02251): ridge regression on such features separates
     what the embedding itself does not separate linearly.
@@ -45,11 +45,19 @@ class RandomProjection:
         dim_in: Embedding size :math:`D`.
         dim_out: Number of random features :math:`M`.
         seed: Of the projection's own generator; all nodes must use the same.
+        scale: :math:`s`, positive. Features of :math:`s` with penalty :math:`s^2 \lambda` are those
+            of 1 with :math:`\lambda`; a small one leaves room for sums over many large embeddings.
+
+    Raises:
+        ValueError: The scale is not positive.
     """
 
-    def __init__(self, dim_in: int, dim_out: int, seed: int) -> None:
+    def __init__(self, dim_in: int, dim_out: int, seed: int, scale: float = 1.0) -> None:
+        if not scale > 0:
+            raise ValueError(f"expected a positive scale, got {scale}")
         generator = torch.Generator().manual_seed(seed)
-        self.weight = torch.randn(dim_in, dim_out, generator=generator, dtype=torch.float64)
+        draws = torch.randn(dim_in, dim_out, generator=generator, dtype=torch.float64)
+        self.weight = draws * scale
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         """Project ``(B, D)`` embeddings to ``(B, M)`` float64 features."""

@@ -103,6 +103,11 @@ class RunFolder:
         return self.path / "memory.safetensors"
 
     @property
+    def learner(self) -> Path:
+        """``learner.pt``: a continual learner after the last experience that it finished."""
+        return self.path / "learner.pt"
+
+    @property
     def metrics(self) -> Path:
         """``metrics.csv``: every metric of every step."""
         return self.path / "metrics.csv"
@@ -166,7 +171,14 @@ class RunFolder:
 
     def _remove_earlier_run(self) -> None:
         # Results go first: should the rest fail, no new file stands beside old results.
-        files = (self.results, self.config, self.memory, self.metrics, self.log)
+        files = (
+            self.results,
+            self.config,
+            self.memory,
+            self.learner,
+            self.metrics,
+            self.log,
+        )
         for path in (*files, *sorted(self.figures.glob("*.png"))):
             path.unlink(missing_ok=True)
 

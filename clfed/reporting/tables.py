@@ -10,7 +10,13 @@ from clfed.reporting.console import console
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["classifiers_table", "console", "markdown_table", "summary_table"]
+__all__ = [
+    "classifiers_table",
+    "console",
+    "markdown_table",
+    "metrics_table",
+    "summary_table",
+]
 
 DESCRIPTIONS = {
     "merged": "every node's prototypes added up",
@@ -80,6 +86,47 @@ def classifiers_table(results: Mapping[str, Any]) -> Table | None:
         return None
     title = "Classifiers read off the same memory"
     return _table(title, ("", "accuracy", "kB of memory", "seconds"), rows)
+
+
+METRICS = {
+    "acc/avg": "average accuracy",
+    "acc/all": "accuracy over all images",
+    "acc/inc": "average incremental accuracy",
+    "acc/balanced": "mean accuracy of the classes",
+    "learning": "accuracy just after learning",
+    "forgetting/max": "forgetting, from the best",
+    "forgetting/end": "forgetting, from just after learning",
+    "bwt": "backward transfer",
+    "fwt": "forward transfer",
+    "drop": "drop from first to last",
+}
+
+
+def metrics_table(results: Mapping[str, Any]) -> Table:
+    """The table at the end of a stream: what was learned, what was lost, what is kept.
+
+    Args:
+        results: Valid results of the continual job.
+    """
+    learner = results["learner"]
+    rows = [
+        (METRICS.get(name.removesuffix("_til"), name), f"{value:.1%}", name)
+        for name, value in results["continual"].items()
+    ]
+    stored = learner["stored"]
+    protocol = results["protocol"]
+    caption = "\n".join(
+        [
+            f"{protocol['phases']} phases, {protocol['classes']} classes; "
+            f"{protocol['label_space']}",
+            f"kept: network {_kilobytes(stored['network'])} kB, beside it "
+            f"{_kilobytes(stored['extra'])} kB, {learner['images_kept']} images "
+            f"({_kilobytes(stored['images'])} kB); learned in {results['final']['seconds']:.1f} s",
+            f"merge of what several nodes learned: {learner['merge']}",
+        ]
+    )
+    title = f"{results['job']}: {learner['name']}, seed {results['seed']}"
+    return _table(title, ("", "value", "name"), rows, caption)
 
 
 def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:

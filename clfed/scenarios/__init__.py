@@ -1,5 +1,7 @@
 """Who sees which classes when."""
 
+from clfed.scenarios.domains import permuted, rotated
+from clfed.scenarios.few_shot import few_shot
 from clfed.scenarios.missions import (
     Mission,
     MissionPlan,
@@ -7,5 +9,25 @@ from clfed.scenarios.missions import (
     expected_coverage,
     multi_client,
 )
+from clfed.scenarios.online import online
+from clfed.scenarios.power_law import power_law, rehearsal_probabilities
+from clfed.scenarios.split import split
+from clfed.scenarios.streams import Experience, Setting, Stream
 
-__all__ = ["Mission", "MissionPlan", "class_incremental", "expected_coverage", "multi_client"]
+__all__ = [
+    "Experience",
+    "Mission",
+    "MissionPlan",
+    "Setting",
+    "Stream",
+    "class_incremental",
+    "expected_coverage",
+    "few_shot",
+    "multi_client",
+    "online",
+    "permuted",
+    "power_law",
+    "rehearsal_probabilities",
+    "rotated",
+    "split",
+]

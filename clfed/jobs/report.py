@@ -1,0 +1,87 @@
+"""Tables and a figure over finished runs: ``clfed job=report job.runs=[runs]``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clfed.errors import ConfigError, RunFolderError
+from clfed.reporting.console import console
+from clfed.reporting.report import Table, markdown, tables
+from clfed.reporting.run_folder import write_atomic
+from clfed.reporting.run_groups import find_runs
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+logger = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig) -> Path:
+    """Print one table for each protocol and write ``report.md`` and ``report.png``.
+
+    Args:
+        cfg: The resolved configuration; only ``job`` counts.
+
+    Returns:
+        The folder that holds the two files.
+
+    Raises:
+        ConfigError: ``job.runs`` or ``job.output`` is no list of folders, or no folder.
+        RunFolderError: There are no finished runs, or the report cannot be written.
+    """
+    from rich.markdown import Markdown
+
+    folders, output = _folders(cfg)
+    runs, refused = find_runs(folders)
+    for sentence in refused:
+        logger.warning("left out: %s", sentence)
+    found = tables(runs)
+    text = markdown(found, refused)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(
+            f"Expected to write into {output}, got: {error.strerror or error}.",
+            remedy="Choose another job.output.",
+        ) from error
+    write_atomic(output / "report.md", text.encode())
+    _draw(found, output / "report.png")
+    console().print(Markdown(text))
+    console().print(f"This is in {output / 'report.md'} and {output / 'report.png'}", markup=False)
+    return output
+
+
+def _folders(cfg: DictConfig) -> tuple[list[Path], Path]:
+    from omegaconf import ListConfig
+
+    runs, output = cfg.job.runs, cfg.job.output
+    listed = isinstance(runs, ListConfig) and all(isinstance(run, str) and run for run in runs)
+    if not listed or not runs:
+        raise ConfigError(
+            f"Expected job.runs as a list of folders, got {runs!r}.",
+            remedy="Name folders of runs: clfed job=report job.runs=[runs]",
+        )
+    if output is not None and not (isinstance(output, str) and output):
+        raise ConfigError(f"Expected job.output as a folder or null, got {output!r}.")
+    folders = [Path(run) for run in runs]
+    absent = [folder for folder in folders if not folder.is_dir()]
+    if absent:
+        raise RunFolderError(
+            f"Expected folders of finished runs, got {absent[0]}, which is no folder.",
+            remedy="Name folders of runs: clfed job=report job.runs=[runs]",
+        )
+    return folders, folders[0] if output is None else Path(output)
+
+
+def _draw(found: list[Table], path: Path) -> None:
+    from clfed.reporting.continual import learners_chart
+
+    several = len(found) > 1
+    rows = [
+        {**bar, "group": f"Table {number}: {table.title}" if several else ""}
+        for number, table in enumerate(found, 1)
+        for bar in table.bars
+    ]
+    learners_chart(rows, path)

@@ -1,0 +1,137 @@
+"""One experience of a stream through a learner: begin, train, end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning as L  # noqa: N812
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from clfed.errors import InvalidEmbedding
+from clfed.learners.base import Batch, ContinualLearner
+from clfed.learners.loop import quiet, threads
+from clfed.learners.optimisers import pack
+from clfed.learners.options import TrainerOptions
+from clfed.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from clfed.scenarios.streams import Experience
+
+
+def learn(
+    learner: ContinualLearner,
+    experience: Experience,
+    options: TrainerOptions,
+    *,
+    callbacks: Sequence[L.Callback] = (),
+) -> int:
+    """Let a learner go through one experience.
+
+    An experience without images changes nothing at all.
+
+    Args:
+        learner: Changed in place.
+        experience: What it meets.
+        options: How to train.
+        callbacks: Lightning callbacks; the fast loop calls their ``on_train_start`` and
+            ``on_train_batch_end`` alone, with None as the trainer.
+
+    Returns:
+        Steps of the optimiser.
+
+    Raises:
+        ConfigError: The learner does not fit the stream.
+        InvalidEmbedding: The training diverged.
+    """
+    learner.begin_experience(experience)
+    with threads(options.threads):
+        if learner.length:
+            train(learner, experience, options, callbacks)
+        learner.end_experience(experience)
+    return learner.length
+
+
+def train(
+    learner: ContinualLearner,
+    experience: Experience,
+    options: TrainerOptions,
+    callbacks: Sequence[L.Callback] = (),
+) -> None:
+    """Train a learner that has begun an experience, by the loop that ``options`` name."""
+    batches = learner.batches(
+        learner.training_data(experience),
+        seed=derive_seed(learner.seed, "experience", experience.number),
+    )
+    run: Callable[..., torch.optim.Optimizer] = _fast if options.loop == "fast" else _lightning
+    optimiser = run(learner, batches, options, callbacks)
+    learner.optimiser_state = {} if experience.announced else pack(optimiser, learner)
+    _check_finite(learner)
+
+
+def _lightning(
+    learner: ContinualLearner,
+    batches: IterableDataset[Batch],
+    options: TrainerOptions,
+    callbacks: Sequence[L.Callback],
+) -> torch.optim.Optimizer:
+    with quiet():
+        # A new Trainer each time: a used one trains nothing.
+        trainer = L.Trainer(
+            max_steps=learner.length,
+            max_epochs=-1,
+            accelerator=options.accelerator,
+            devices=1,
+            precision="bf16-mixed" if options.resolved_precision() != "32" else "32-true",
+            callbacks=list(callbacks),
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+        )
+        # Its own generator: a loader without one draws from the ambient state.
+        trainer.fit(learner, DataLoader(batches, batch_size=None, generator=torch.Generator()))
+    optimiser: torch.optim.Optimizer = trainer.optimizers[0]
+    return optimiser
+
+
+def _fast(
+    learner: ContinualLearner,
+    batches: IterableDataset[Batch],
+    options: TrainerOptions,
+    callbacks: Sequence[L.Callback],
+) -> torch.optim.Optimizer:
+    """The same hooks in the same order, without what Lightning adds around them."""
+    configured: dict[str, Any] = learner.configure_optimizers()
+    optimiser: torch.optim.Optimizer = configured["optimizer"]
+    scheduler = configured.get("lr_scheduler", {}).get("scheduler")
+    mixed = options.resolved_precision() != "32"
+    learner.train()
+    for callback in callbacks:
+        callback.on_train_start(None, learner)  # type: ignore[arg-type]
+    for number, batch in enumerate(batches):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+            loss: Tensor = learner.training_step(batch, number)
+        optimiser.zero_grad()
+        torch.autograd.backward(loss)
+        learner.on_after_backward()
+        learner.on_before_optimizer_step(optimiser)
+        optimiser.step()
+        if scheduler is not None:
+            scheduler.step()
+        learner.on_train_batch_end(None, batch, number)
+        for callback in callbacks:
+            callback.on_train_batch_end(None, learner, None, batch, number)  # type: ignore[arg-type]
+    return optimiser
+
+
+def _check_finite(learner: ContinualLearner) -> None:
+    if not all(bool(torch.isfinite(weights).all()) for weights in learner.parameters()):
+        raise InvalidEmbedding(
+            "The training diverged: weights are no longer finite numbers.",
+            remedy="Choose a smaller learner.lr, or set learner.clip.",
+        )

@@ -1,0 +1,274 @@
+"""Tables over many runs: one for each protocol, one row for each learner."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clfed.reporting.commands import command_lines, differences
+from clfed.reporting.run_groups import FinishedRun, Repetitions, by_learner, by_protocol
+from clfed.reporting.tables import markdown_table
+from clfed.reporting.words import in_words, words
+
+MARKS = {
+    "buffer": "keeps images of earlier experiences",
+    "transductive": "answers depend on the other images that are asked about",
+    "pre-trained": "starts from weights that other data made",
+}
+NOTHING = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """The runs of one protocol.
+
+    Attributes:
+        title: Job and stream in a few words.
+        protocol: What was measured, by name.
+        commands: Shell commands that make the runs.
+        rows: Cells by column.
+        bars: The same rows for :func:`clfed.reporting.continual.learners_chart`.
+        notes: What the marks mean.
+        warnings: What a reader must know before comparing.
+    """
+
+    title: str
+    protocol: Mapping[str, Any]
+    commands: tuple[str, ...]
+    rows: tuple[Mapping[str, object], ...]
+    bars: tuple[Mapping[str, Any], ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def tables(runs: Iterable[FinishedRun]) -> list[Table]:
+    """Make a table for each protocol among some runs."""
+    return [
+        (_streams if group[0].results["job"] == "continual" else _alternatives)(group)
+        for group in by_protocol(runs)
+    ]
+
+
+def markdown(found: Sequence[Table], refused: Sequence[str]) -> str:
+    """Write tables as one Markdown document.
+
+    Args:
+        found: From :func:`tables`.
+        refused: A sentence for each folder that was left out.
+    """
+    blocks = [f"# Report\n\n{_many(len(found), 'table')}, one for each protocol. {_CELLS}"]
+    for number, table in enumerate(found, 1):
+        parts = [f"## Table {number}: {table.title}"]
+        parts += [f"**Warning:** {warning}" for warning in table.warnings]
+        parts.append("\n".join(in_words(table.protocol)))
+        if table.commands:
+            parts.append("\n".join(["```sh", *table.commands, "```"]))
+        parts.append(markdown_table(table.rows))
+        parts += ["\n".join(f"- {note}" for note in table.notes)] if table.notes else []
+        blocks.append("\n\n".join(parts))
+    if refused:
+        lines = "\n".join(f"- {sentence}" for sentence in refused)
+        blocks.append(f"## Left out: {_many(len(refused), 'folder')}\n\n{lines}")
+    return "\n\n".join(blocks) + "\n"
+
+
+_CELLS = (
+    "Percentages are means over the seeds, with the sample standard deviation where there are "
+    "several; kilobytes, seconds and bytes are means."
+)
+
+
+def _streams(group: Sequence[FinishedRun]) -> Table:
+    """One row a learner, the most accurate one first."""
+    rows = sorted(by_learner(group), key=lambda row: (-_mean(_accuracies(row)), _learner(row)))
+    labels = _labels(rows)
+    marks = [_marks(row) for row in rows]
+    cells: list[dict[str, object]] = [
+        {
+            "learner": _marked(label, marked),
+            "kept images": max(int(run.learner.get("images_kept", 0)) for run in row.runs),
+            "merge": str(row.runs[0].learner.get("merge", NOTHING)),
+            "accuracy %": _percent(_accuracies(row)),
+            "incremental %": _percent(_metric(row, "acc/inc")),
+            "forgetting %": _percent(_metric(row, "forgetting/max")),
+            "WC-ACC %": _percent(_each(row, lambda r: r.get("stability", {}).get("wc_acc"))),
+            "stored kB": _number(_each(row, _stored), "{:,.1f}"),
+            "seconds": _number(_each(row, lambda r: r["final"]["seconds"]), "{:,.1f}"),
+            "seeds": _join(row.seeds),
+        }
+        for row, label, marked in zip(rows, labels, marks, strict=True)
+    ]
+    if all(row["WC-ACC %"] == NOTHING for row in cells):
+        for row in cells:
+            del row["WC-ACC %"]
+    bars = [
+        {"learner": label, "marks": marked, **_bar(_accuracies(row))}
+        for row, label, marked in zip(rows, labels, marks, strict=True)
+    ]
+    return _table(group, rows, cells, bars, marks)
+
+
+def _alternatives(group: Sequence[FinishedRun]) -> Table:
+    """One row for each way of learning that a federation was compared with."""
+    (row,) = by_learner(group)
+    final = [run.results["final"]["accuracy"] for run in row.runs]
+    listed = [run.results.get("alternatives", {}) for run in row.runs]
+    names = [n for n in dict.fromkeys(n for a in listed for n in a) if any(n in f for f in final)]
+    # Results without alternatives name them in their accuracies.
+    names = names or list(dict.fromkeys(n for f in final for n in f))
+    values = {name: [f[name] for f in final if name in f] for name in names}
+    names.sort(key=lambda name: (-_mean(values[name]), name))
+    # One run may be many draws already; its own spread is then the only one there is.
+    spreads = [run.results["final"].get("spread", {}) for run in row.runs]
+    alone = {n: spreads[0].get(n) if len(row.runs) == 1 else None for n in names}
+    cells: list[dict[str, object]] = [
+        {
+            "alternative": name,
+            "accuracy %": _percent(values[name], alone[name]),
+            "kB up": _cost(listed, name, lambda c: c["bytes"]["up"] / 1000),
+            "kB down": _cost(listed, name, lambda c: c["bytes"]["down"] / 1000),
+            "seconds": _cost(listed, name, lambda c: c["seconds"]),
+            "seeds": _join(r.seed for r, f in zip(row.runs, final, strict=True) if name in f),
+        }
+        for name in names
+    ]
+    bars = [{"learner": name, **_bar(values[name], alone[name])} for name in names]
+    return _table(group, [row], cells, bars, [])
+
+
+def _table(
+    group: Sequence[FinishedRun],
+    rows: Sequence[Repetitions],
+    cells: Sequence[Mapping[str, object]],
+    bars: Sequence[Mapping[str, Any]],
+    marks: Sequence[Sequence[str]],
+) -> Table:
+    first = group[0]
+    recipes = [(row.runs[-1].recipe, row.seeds) for row in rows]
+    lines = command_lines([(made, seeds) for made, seeds in recipes if made is not None])
+    used = [mark for mark in MARKS if any(mark in marked for marked in marks)]
+    warnings = [warning for row in rows for warning in row.warnings]
+    if len({tuple(row.seeds) for row in rows}) > 1:
+        warnings.append("the rows do not have the same seeds, so their means are not paired.")
+    watched = [run.results["stability"] for row in rows for run in row.runs if run.watched]
+    if len({(found.get("every"), found.get("samples")) for found in watched}) > 1:
+        warnings.append("WC-ACC was measured at different intervals or on different samples.")
+    return Table(
+        title=f"{first.results['job']}{_stream(first.protocol)}",
+        protocol=first.protocol,
+        commands=tuple(lines),
+        rows=tuple(cells),
+        bars=tuple(bars),
+        notes=tuple(f"{mark}: {MARKS[mark]}" for mark in used),
+        warnings=tuple(warnings),
+    )
+
+
+def _marks(row: Repetitions) -> tuple[str, ...]:
+    learner, protocol = row.runs[0].learner, row.runs[0].protocol
+    holds = {
+        "buffer": any(run.learner.get("images_kept", 0) for run in row.runs),
+        "transductive": learner.get("transductive"),
+        "pre-trained": learner.get("pretrained") or protocol.get("pretrained"),
+    }
+    return tuple(mark for mark in MARKS if holds[mark])
+
+
+def _marked(label: str, marks: Sequence[str]) -> str:
+    return f"{label} ({', '.join(marks)})" if marks else label
+
+
+def _labels(rows: Sequence[Repetitions]) -> list[str]:
+    """Names of learners; where one stands in several rows, with the settings that differ."""
+    names = [_learner(row) for row in rows]
+    options = [row.runs[0].learner.get("options") or {} for row in rows]
+    labels = []
+    for name, own in zip(names, options, strict=True):
+        others = [o for n, o in zip(names, options, strict=True) if n == name and o != own]
+        differing = dict.fromkeys(
+            override.partition("=")[0].lstrip("+~").removeprefix(".")
+            for other in others
+            for override in differences(other, own, "")
+        )
+        told = [f"{key}={_at(own, key)}" for key in differing]
+        labels.append(" ".join([name, *told]))
+    return labels
+
+
+def _at(options: Any, key: str) -> str:
+    for part in key.split("."):
+        options = options.get(part) if isinstance(options, Mapping) else None
+    return words(options)
+
+
+def _learner(row: Repetitions) -> str:
+    return str(row.runs[0].learner.get("name"))
+
+
+def _accuracies(row: Repetitions) -> list[float]:
+    return [run.results["final"]["accuracy"][_learner(row)] for run in row.runs]
+
+
+def _metric(row: Repetitions, name: str) -> list[float]:
+    def find(results: Mapping[str, Any]) -> float | None:
+        found = results.get("continual") or {}
+        # Numbers of streams whose questions name their task carry a suffix.
+        value: float | None = found.get(name, found.get(f"{name}_til"))
+        return value
+
+    return _each(row, find)
+
+
+def _stored(results: Mapping[str, Any]) -> float | None:
+    stored = results["learner"].get("stored")
+    return sum(stored.values()) / 1000 if stored else None
+
+
+def _each(row: Repetitions, find: Callable[[Mapping[str, Any]], float | None]) -> list[float]:
+    return [value for run in row.runs if (value := find(run.results)) is not None]
+
+
+def _cost(
+    listed: Sequence[Mapping[str, Any]], name: str, find: Callable[[Mapping[str, Any]], float]
+) -> str:
+    costs = [alternatives[name] for alternatives in listed if name in alternatives]
+    try:
+        return _number([find(cost) for cost in costs], "{:,.1f}")
+    except KeyError:
+        return NOTHING
+
+
+def _bar(values: Sequence[float], spread: float | None = None) -> dict[str, Any]:
+    several = len(values) > 1
+    return {"accuracy": _mean(values), "spread": statistics.stdev(values) if several else spread}
+
+
+def _percent(values: Sequence[float], spread: float | None = None) -> str:
+    if not values:
+        return NOTHING
+    spread = statistics.stdev(values) if len(values) > 1 else spread
+    return f"{100 * _mean(values):.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+
+
+def _number(values: Sequence[float], form: str) -> str:
+    return form.format(_mean(values)) if values else NOTHING
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values)
+
+
+def _join(seeds: Iterable[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
+def _stream(protocol: Mapping[str, Any]) -> str:
+    scenario = protocol.get("scenario")
+    target = scenario.get("_target_") if isinstance(scenario, Mapping) else scenario
+    return f", {words(target).rpartition('.')[2]}" if target else ""
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
