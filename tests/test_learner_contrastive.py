@@ -779,7 +779,7 @@ def test_images_that_cannot_be_turned_are_refused_before_anything_changes():
 
 
 # Enough to notice that something broke; chance is 10 %, fine-tuning without protection reaches 19 %.
-FLOORS = {"prd": 0.4, "csd": 0.25, "palm": 0.6, "onpro": 0.4, "onpro0": 0.6}
+FLOORS = {"prd": 0.4, "csd": 0.22, "palm": 0.6, "onpro": 0.4, "onpro0": 0.6}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,6 +20,7 @@ from clfed.backbones.build import (
     check_metadata,
 )
 from clfed.errors import EncoderError, InvalidEmbedding
+from clfed.finite import all_finite
 from clfed.prototypes.storage import write_file
 
 # An image's embedding changes in its last bits with the batch size, but not with its neighbours,
@@ -145,7 +146,7 @@ class Encoder:
             batch = part.new_zeros(BATCH, *self.input_shape)
             batch[: len(part)] = part
             embeddings[start : start + len(part)] = self._forward(batch)[: len(part)]
-        if not bool(torch.isfinite(embeddings).all()):
+        if not all_finite(embeddings):
             bad = int((~torch.isfinite(embeddings)).any(1).sum())
             raise InvalidEmbedding(
                 f"{bad} of {len(images)} embeddings hold numbers that are not finite."

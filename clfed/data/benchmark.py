@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from clfed.errors import CorruptData, NotEnoughData, UnknownClass
+from clfed.finite import all_finite
 
 GROUPS = ("base", "validation", "field")
 LONGEST_NAME = 128
@@ -218,7 +219,7 @@ def _check_images(images: Tensor) -> None:
             "Expected images (N, C, H, W) uint8 or features (N, D) float32, got "
             f"{tuple(images.shape)} {images.dtype}."
         )
-    if is_features and not bool(torch.isfinite(images).all()):
+    if is_features and not all_finite(images):
         raise CorruptData("Ready features must be finite, got NaN or infinity.")
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from clfed.errors import InvalidEmbedding
 from clfed.learners.base import Batch, ContinualLearner
-from clfed.learners.loop import quiet, threads
+from clfed.learners.loop import brisk, quiet, threads
 from clfed.learners.optimisers import pack
 from clfed.learners.options import TrainerOptions
 from clfed.seeding import derive_seed
@@ -47,7 +47,7 @@ def learn(
         InvalidEmbedding: The training diverged.
     """
     learner.begin_experience(experience)
-    with threads(options.threads):
+    with threads(options.threads), brisk():
         if learner.length:
             train(learner, experience, options, callbacks)
         learner.end_experience(experience)

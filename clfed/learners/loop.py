@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ from clfed.learners.protonet import squared_distance_logits
 from clfed.seeding import generator
 
 log = logging.getLogger(__name__)
+_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
+_entry_points = functools.cache(entry_points)
 
 
 def fit(
@@ -297,3 +302,27 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def brisk() -> Iterator[None]:
+    """Keep Lightning and torch from looking up again and again what does not change.
+
+    Every Trainer searches all installed packages for callbacks, which takes longer than the rest
+    of its making; and Lightning tells torch to ask the graphics driver whether there is a GPU,
+    which torch then does before every step of an optimiser.
+    """
+    from lightning.fabric.utilities import registry
+
+    before = os.environ.get(_NVML)
+    if not torch.cuda.is_available():
+        os.environ[_NVML] = "0"
+    registry.entry_points = _entry_points  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        registry.entry_points = entry_points  # type: ignore[attr-defined]
+        if before is None:
+            os.environ.pop(_NVML, None)
+        else:
+            os.environ[_NVML] = before

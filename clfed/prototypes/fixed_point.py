@@ -76,6 +76,23 @@ def checked_sum(a: Tensor, b: Tensor, *, subtract: bool = False) -> Tensor:
     return result
 
 
+def sum_by_class(q: Tensor, index: Tensor, classes: int, peak: float) -> Tensor:
+    r"""Exact :math:`\sum_i [y_i = c]\, q_i`.
+
+    Args:
+        q: Integers held in float64, shape ``(B, D)``.
+        index: :math:`y`, shape ``(B,)`` int64.
+        classes: Number of classes :math:`C`.
+        peak: :math:`\max |q|`.
+
+    Returns:
+        Shape ``(C, D)`` int64.
+    """
+    if peak * len(q) < _EXACT:  # no partial sum can need more bits than float64 has
+        return torch.zeros(classes, q.shape[1], dtype=q.dtype).index_add_(0, index, q).long()
+    return torch.zeros(classes, q.shape[1], dtype=torch.int64).index_add_(0, index, q.long())
+
+
 def outer_total(q: Tensor, peak: float) -> Tensor:
     r"""Exact :math:`\sum_i q_i q_i^T`.
 

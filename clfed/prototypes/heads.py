@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clfed.errors import InvalidEmbedding
+from clfed.finite import all_finite
 
 _BLOCK_ENTRIES = 2**22
 
@@ -114,6 +115,6 @@ def _prepared(embeddings: Tensor, dim: int, normalise: bool) -> Tensor:
             f"expected embeddings of shape (B, {dim}), got {tuple(embeddings.shape)}"
         )
     z = embeddings.detach().to("cpu", torch.float64)
-    if not bool(torch.isfinite(z).all()):
+    if not all_finite(z):
         raise InvalidEmbedding("expected finite embeddings, got NaN or infinity")
     return unit(z) if normalise else z

@@ -31,6 +31,7 @@ from clfed.prototypes.fixed_point import (
     outer_by_class,
     outer_total,
     quantise,
+    sum_by_class,
 )
 from clfed.prototypes.storage import pack, read_file, unpack, write_file
 from clfed.prototypes.tables import Moments, check_tables, checked_names
@@ -164,7 +165,7 @@ class PrototypeMemory:
         return PrototypeMemory(
             classes,
             torch.bincount(index, minlength=len(classes)),
-            torch.zeros(len(classes), self.dim, dtype=torch.int64).index_add_(0, index, q.long()),
+            sum_by_class(q, index, len(classes), peak),
             self.embedding_id,
             self.moments,
             outer,
