@@ -111,7 +111,9 @@ class EmbeddingModule(L.LightningModule):
         network = self.backbone if backbone is None else backbone
         was_training = network.training
         network.eval()
-        device = next((p.device for p in network.parameters()), torch.device("cpu"))
+        device = next((p.device for p in network.parameters()), None)
+        if device is None:  # nothing to be trained: pixels or ready features as they are
+            return self.embed(images, network).float().cpu()
         parts = []
         for start in range(0, len(images), BATCH):
             part = images[start : start + BATCH]

@@ -32,6 +32,7 @@ from clfed.seeding import generator
 log = logging.getLogger(__name__)
 _NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 _entry_points = functools.cache(entry_points)
+_has_gpu = functools.cache(torch.cuda.is_available)
 
 
 def fit(
@@ -315,9 +316,9 @@ def brisk() -> Iterator[None]:
     from lightning.fabric.utilities import registry
 
     before = os.environ.get(_NVML)
-    if not torch.cuda.is_available():
+    if not _has_gpu():
         os.environ[_NVML] = "0"
-    registry.entry_points = _entry_points  # type: ignore[attr-defined]
+    registry.entry_points = _entry_points  # type: ignore[attr-defined, assignment]
     try:
         yield
     finally:

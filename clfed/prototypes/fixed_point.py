@@ -23,6 +23,8 @@ _EXACT = 2.0**53
 _SPLIT_ROWS = 2**20  # halves are below 2^16, so 2^20 products stay below 2^52
 _DIRECT_ROWS = 64  # chunks shorter than this lose more than the three products of a split
 _BLOCK_ENTRIES = 2**22
+_CACHED_ENTRIES = 2**16  # float64 numbers that stay in a processor's cache
+_EXACT_ROWS = 2**22 - 1
 _SECOND_MOMENT_LIMIT = 2.0**62
 _SMALLER = "Scale the embeddings down, for instance to unit length, before they are summed."
 
@@ -47,10 +49,11 @@ def quantise(embeddings: Tensor, dim: int) -> tuple[Tensor, float]:
         )
     if not embeddings.is_floating_point():
         raise InvalidEmbedding(f"expected floating point embeddings, got {embeddings.dtype}")
-    q = embeddings.detach().to(device="cpu", dtype=torch.float64).mul(SCALE).round_()
+    q = embeddings.detach().to(device="cpu", dtype=torch.float64, copy=True).mul_(SCALE).round_()
     if not q.numel():
         return q, 0.0
-    peak = float(q.abs().amax())
+    low, high = q.aminmax()
+    peak = float(torch.maximum(-low, high))
     if not peak <= RANGE * SCALE:  # written so that NaN fails too
         raise InvalidEmbedding(
             f"expected finite embeddings within ±{RANGE:g}, got a largest magnitude of "
@@ -76,21 +79,52 @@ def checked_sum(a: Tensor, b: Tensor, *, subtract: bool = False) -> Tensor:
     return result
 
 
-def sum_by_class(q: Tensor, index: Tensor, classes: int, peak: float) -> Tensor:
+def sum_by_class(q: Tensor, index: Tensor, classes: int) -> Tensor:
     r"""Exact :math:`\sum_i [y_i = c]\, q_i`.
 
     Args:
-        q: Integers held in float64, shape ``(B, D)``.
+        q: Quantised embeddings, shape ``(B, D)``.
         index: :math:`y`, shape ``(B,)`` int64.
         classes: Number of classes :math:`C`.
-        peak: :math:`\max |q|`.
 
     Returns:
         Shape ``(C, D)`` int64.
     """
-    if peak * len(q) < _EXACT:  # no partial sum can need more bits than float64 has
-        return torch.zeros(classes, q.shape[1], dtype=q.dtype).index_add_(0, index, q).long()
-    return torch.zeros(classes, q.shape[1], dtype=torch.int64).index_add_(0, index, q.long())
+    total = torch.zeros(classes, q.shape[1], dtype=torch.int64)
+    # Numbers of at most 2^31, fewer than 2^22 of them: float64 adds them without rounding.
+    for part, names in zip(
+        torch.split(q, _EXACT_ROWS), torch.split(index, _EXACT_ROWS), strict=True
+    ):
+        sums = torch.zeros(classes, q.shape[1], dtype=torch.float64)
+        total += sums.index_add_(0, names, part).long()
+    return total
+
+
+def quantised_sum_by_class(embeddings: Tensor, dim: int, index: Tensor, classes: int) -> Tensor:
+    """Quantise and sum in blocks that fit into a cache, so that no quantised copy is held.
+
+    Args:
+        embeddings: What :func:`quantise` takes, shape ``(B, dim)``.
+        dim: The number of columns that is expected.
+        index: Class of each row, shape ``(B,)`` int64.
+        classes: Number of classes :math:`C`.
+
+    Returns:
+        Shape ``(C, dim)`` int64.
+
+    Raises:
+        InvalidEmbedding: As :func:`quantise`.
+    """
+    quantise(embeddings[:0], dim)
+    total = torch.zeros(classes, dim, dtype=torch.int64)
+    rows = max(1, _CACHED_ENTRIES // dim)
+    for begin in range(0, len(embeddings), _EXACT_ROWS):
+        sums = torch.zeros(classes, dim, dtype=torch.float64)
+        for start in range(begin, min(begin + _EXACT_ROWS, len(embeddings)), rows):
+            end = min(start + rows, begin + _EXACT_ROWS)
+            sums.index_add_(0, index[start:end], quantise(embeddings[start:end], dim)[0])
+        total += sums.long()
+    return total
 
 
 def outer_total(q: Tensor, peak: float) -> Tensor:

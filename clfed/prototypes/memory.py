@@ -31,6 +31,7 @@ from clfed.prototypes.fixed_point import (
     outer_by_class,
     outer_total,
     quantise,
+    quantised_sum_by_class,
     sum_by_class,
 )
 from clfed.prototypes.storage import pack, read_file, unpack, write_file
@@ -147,9 +148,11 @@ class PrototypeMemory:
             InvalidEmbedding: Wrong shape, NaN, infinite, out of range, or not one label each.
             InvalidMessage: A label is not a printable name of 1 to 128 characters.
         """
-        q, peak = quantise(embeddings, self.dim)
-        if len(labels) != len(q):
-            raise InvalidEmbedding(f"expected {len(q)} labels, one an embedding, got {len(labels)}")
+        quantise(embeddings[:0], self.dim)
+        if len(labels) != len(embeddings):
+            raise InvalidEmbedding(
+                f"expected {len(embeddings)} labels, one an embedding, got {len(labels)}"
+            )
         try:
             distinct = sorted(set(labels))
         except TypeError as error:
@@ -158,14 +161,19 @@ class PrototypeMemory:
         position = dict(zip(classes, range(len(classes)), strict=True))
         index = torch.tensor([*map(position.__getitem__, labels)], dtype=torch.int64)
         outer = None
-        if self.moments == "shared":
-            outer = outer_total(q, peak)
-        elif self.moments == "class":
-            outer = outer_by_class(q, index, len(classes), peak)
+        if self.moments == "none":
+            sums = quantised_sum_by_class(embeddings, self.dim, index, len(classes))
+        else:
+            q, peak = quantise(embeddings, self.dim)
+            sums = sum_by_class(q, index, len(classes))
+            if self.moments == "shared":
+                outer = outer_total(q, peak)
+            else:
+                outer = outer_by_class(q, index, len(classes), peak)
         return PrototypeMemory(
             classes,
             torch.bincount(index, minlength=len(classes)),
-            sum_by_class(q, index, len(classes), peak),
+            sums,
             self.embedding_id,
             self.moments,
             outer,
