@@ -98,6 +98,7 @@ def _results(
             "images_kept": learner.images_kept,
             "merge": learner.merges,
             "transductive": learner.transductive,
+            "embedding_size": learner.dim,
             "stored": stored,
         },
         "steps": [
@@ -197,7 +198,6 @@ def _protocol(
         "test_images": sum(len(test) for test in stream.tests),
         "replay_free_stream": stream.replay_free,
         "backbone": run.config["backbone"],
-        "embedding_size": learner.dim,
         "pretrained": run.config["backbone"].get("weights"),
         "precision": trainer.resolved_precision(),
         "label_space": {

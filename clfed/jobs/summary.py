@@ -129,6 +129,7 @@ def assemble(
         "version": SCHEMA_VERSION,
         "seed": cfg.seed,
         "protocol": _protocol(cfg, field, encoder, draws, training),
+        "learner": _learner(cfg),
         "steps": steps,
         "final": {
             **final,
@@ -182,6 +183,17 @@ def _protocol(
         "seeds": [cfg.seed],
         "spread": "standard deviation over draws of classes and images; one encoder",
         "accuracy": "over images",
+    }
+
+
+def _learner(cfg: DictConfig) -> dict[str, str]:
+    """Name of the learner, and how what it keeps merges in a stream of its own."""
+    from hydra.utils import get_class
+
+    target = cfg.learner.get("_target_")
+    return {
+        "name": str(cfg.learner.get("name", "none")),
+        "merge": "exact" if target is None else get_class(target).merges,
     }
 
 

@@ -44,13 +44,15 @@ def recipe(config: Mapping[str, Any]) -> Recipe:
         ConfigError: The job does not exist here.
     """
     start = [f"job={config['job']['name']}"]
-    default = _plain(*start)
+    # Settings that follow the seed are no differences.
+    composing = [*start, f"seed={config['seed']}"]
+    default = _plain(*composing)
     chosen = {
         group: choice
         for group in GROUPS
-        if (choice := _choice(group, config.get(group), default.get(group), start)) is not None
+        if (choice := _choice(group, config.get(group), default.get(group), composing)) is not None
     }
-    composed = _plain(*start, *(f"{group}={choice}" for group, choice in chosen.items()))
+    composed = _plain(*composing, *(f"{group}={choice}" for group, choice in chosen.items()))
     values = [
         override
         for key in config.keys() | composed.keys()
@@ -76,8 +78,7 @@ def command_lines(recipes: Sequence[tuple[Recipe, Sequence[int]]]) -> list[str]:
     """
     sweeps: dict[tuple[object, ...], list[str]] = {}
     for made, seeds in recipes:
-        alone = made.learner if made.options or made.learner is None else None
-        key = (made.shared, made.options, tuple(sorted(seeds)), alone)
+        key = (made.shared, made.options, tuple(sorted(seeds)), made.learner is None)
         sweeps.setdefault(key, []).extend([made.learner] if made.learner else [])
     return [_line(key, learners) for key, learners in sweeps.items()]
 

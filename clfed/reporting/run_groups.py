@@ -156,8 +156,20 @@ def by_learner(runs: Iterable[FinishedRun]) -> list[Repetitions]:
         # How many images a buffer holds may depend on the seed; whether there is one does not.
         kind = {key: value for key, value in run.learner.items() if key != "stored"}
         kind["images_kept"] = bool(kind.get("images_kept"))
+        kind["options"] = _without_seed(kind.get("options"), run.seed)
         rows.setdefault(_key(kind), []).append(run)
     return [_repetitions(found) for found in rows.values()]
+
+
+def _without_seed(options: Any, seed: int) -> Any:
+    """Return settings without those that follow the seed of the run."""
+    if not isinstance(options, Mapping):
+        return options
+    return {
+        key: _without_seed(value, seed)
+        for key, value in options.items()
+        if not (key == "seed" and value == seed)
+    }
 
 
 def _repetitions(runs: Sequence[FinishedRun]) -> Repetitions:

@@ -58,6 +58,13 @@ def summary_table(results: Mapping[str, Any]) -> Table:
                 _seconds(costs.get("seconds")),
             )
         )
+    merge = results.get("learner", {}).get("merge", "exact")
+    if results["job"] == "reconnaissance" and merge != "exact":
+        notes.append(
+            f"{results['learner']['name']}: in a stream it merges "
+            f"{'not at all' if merge == 'none' else 'approximately'}; here its network is frozen "
+            "after base training and only exact class statistics are added"
+        )
     notes.append(f"kB: over the whole run, {'for each node' if per_node else 'all nodes together'}")
     return _table(
         f"{results['job']}: all classes together, seed {results['seed']}",
