@@ -193,7 +193,7 @@ def _learner(cfg: DictConfig) -> dict[str, str]:
     target = cfg.learner.get("_target_")
     return {
         "name": str(cfg.learner.get("name", "none")),
-        "merge": "exact" if target is None else get_class(target).merges,
+        "merge": "exact" if target is None else str(getattr(get_class(target), "merges", "none")),
     }
 
 

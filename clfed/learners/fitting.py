@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L  # noqa: N812
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from clfed.errors import InvalidEmbedding
 from clfed.learners.base import Batch, ContinualLearner
@@ -93,8 +93,8 @@ def _lightning(
             num_sanity_val_steps=0,
             limit_val_batches=0,
         )
-        # Its own generator: a loader without one draws from the ambient state.
-        trainer.fit(learner, DataLoader(batches, batch_size=None, generator=torch.Generator()))
+        # No DataLoader: the batches are whole already, and it would draw from the ambient state.
+        trainer.fit(learner, batches)
     optimiser: torch.optim.Optimizer = trainer.optimizers[0]
     return optimiser
 

@@ -293,16 +293,20 @@ def threads(number: int) -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Silence what Lightning says about hardware, workers and the end of a training."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
+    # The level of a handler costs nothing to change; that of a logger empties every logger's cache.
+    voices: list[logging.Handler | logging.Logger] = []
+    for logger in loggers:
+        voices += [*logger.handlers] if logger.handlers and not logger.propagate else [logger]
+    levels = [voice.level for voice in voices]
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
+        for voice in voices:
+            voice.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for voice, level in zip(voices, levels, strict=True):
+            voice.setLevel(level)
 
 
 @contextmanager
