@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lightning as L  # noqa: N812
 import torch
 from omegaconf import OmegaConf
 
@@ -38,7 +39,7 @@ from clfed.learners.training import (
     make_learner,
 )
 from clfed.prototypes import PrototypeMemory, read_off
-from clfed.reporting.progress import progress
+from clfed.reporting.progress import Phase, progress
 from clfed.scenarios.streams import Experience, Stream
 
 if TYPE_CHECKING:
@@ -140,6 +141,29 @@ def _transform(benchmark: Benchmark) -> Any:
     return Transform(benchmark.mean, benchmark.std)
 
 
+class _Ticker(L.Callback):
+    """Shows how far the training of an experience is.
+
+    Args:
+        bar: Where it is shown.
+    """
+
+    EVERY = 0.2  # seconds
+
+    def __init__(self, bar: Phase) -> None:
+        self.bar, self.shown = bar, 0.0
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the step, but not more often than an eye can follow."""
+        now = time.monotonic()
+        if now - self.shown >= self.EVERY:
+            self.shown = now
+            done, steps = pl_module.step_number, pl_module.length
+            self.bar.update(self.bar.step, f"experience {pl_module.number}, step {done} of {steps}")
+
+
 class _Journey:
     """One learner on its way through a stream."""
 
@@ -161,10 +185,10 @@ class _Journey:
             for experience in experiences[:done]:
                 self._log(experience)
             for experience in experiences[done:]:
-                text = self._learn(experience)
+                text = self._learn(experience, _Ticker(bar))
                 bar.update(experience.number + 1, text)
 
-    def _learn(self, experience: Experience) -> str:
+    def _learn(self, experience: Experience, ticker: _Ticker) -> str:
         first = not self.records or self.records[-1].phase != experience.phase
         if first:
             if self.watch is not None:
@@ -174,7 +198,7 @@ class _Journey:
         if experience.number == 0 and self.stream.setting == "domain":
             record.baselines = self._untrained(experience)
         start, looked = time.perf_counter(), self._looked()
-        callbacks = [self.watch] if self.watch is not None else []
+        callbacks = [ticker] if self.watch is None else [self.watch, ticker]
         record.updates += learn(self.learner, experience, self.options, callbacks=callbacks)
         record.seconds += time.perf_counter() - start - (self._looked() - looked)
         record.images += len(experience.train)

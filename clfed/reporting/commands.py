@@ -15,7 +15,7 @@ from clfed.config import choices, compose, config_dir
 GROUPS = ("data", "scenario", "backbone", "learner", "trainer", "strategy", "engine")
 #: Where a run writes, and who watches it; and smoke settings, which are merged in by then.
 ASIDE = ("seed", "run_dir", "cache_dir", "overwrite", "logger", "smoke", "when_smoke")
-_BARE = re.compile(r"[A-Za-z_][\w./-]*")
+_BARE = re.compile(r"(?:\.{0,2}/)?[A-Za-z_][\w./-]*")
 _WORDS = {"null", "true", "false", "nan", "inf"}
 
 
