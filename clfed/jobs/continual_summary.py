@@ -116,14 +116,17 @@ def _results(
             for record in records
         ],
         "final": {
-            "accuracy": {name: records[-1].accuracy, **classifiers},
+            "accuracy": {
+                name: records[-1].accuracy,
+                **{key: row["accuracy"] for key, row in classifiers.items()},
+            },
             "memory_sha256": state.sha256(learner),
             "memory_bytes": stored["extra"] + stored["images"],
             "seconds": sum(record.seconds for record in records),
         },
         "accuracy_matrix": [record.phases for record in records],
         "continual": _metrics(cfg, stream, learner, records),
-        "classifiers": {key: {"accuracy": value} for key, value in classifiers.items()},
+        "classifiers": {name: _parts(stream, records[-1]), **classifiers} if classifiers else {},
     }
 
 
@@ -146,6 +149,8 @@ def _metrics(
         baselines=baselines if len(baselines) == len(untrained) else None,
         per_class=list(records[-1].per_class.values()),
     )
+    parts = _parts(stream, records[-1])
+    found |= {f"acc/{key}": value for key, value in parts.items() if key != "accuracy"}
     unknown = [record.unknown for record in records if record.unknown]
     for key in unknown[0] if unknown else ():
         found[f"unknown/{key}"] = sum(part[key] for part in unknown) / len(unknown)
@@ -160,8 +165,10 @@ def _metrics(
     return {f"{key}{suffix}": value for key, value in found.items()}
 
 
-def _classifiers(cfg: DictConfig, stream: Stream, learner: ContinualLearner) -> dict[str, float]:
-    """Accuracy of further classifiers that are read off the final memory."""
+def _classifiers(
+    cfg: DictConfig, stream: Stream, learner: ContinualLearner
+) -> dict[str, dict[str, float]]:
+    """Accuracies of further classifiers that are read off the final memory."""
     asked = cfg.job.classifiers
     if not asked or learner.memory is None:
         return {}
@@ -171,10 +178,28 @@ def _classifiers(cfg: DictConfig, stream: Stream, learner: ContinualLearner) -> 
     for name, options in asked.items():
         learner.classifier = {"name": str(name), **dict(options)}
         learner.forget_reader()
-        found[str(name)] = exam.take(learner, met=len(stream.tests)).images
+        marks = exam.take(learner, met=len(stream.tests))
+        record = Record(phase=len(stream.tests) - 1, accuracy=marks.images, phases=marks.phases)
+        found[str(name)] = _parts(stream, record)
     learner.classifier = own
     learner.forget_reader()
     return found
+
+
+def _parts(stream: Stream, record: Record) -> dict[str, float]:
+    """Accuracy over all images, over those of the first phase, and over those of later ones.
+
+    Where a few classes of few images follow many of many, the accuracy over all images hides how
+    the few do; the harmonic mean does not.
+    """
+    found = {"accuracy": record.accuracy}
+    known = [(a, len(t)) for a, t in zip(record.phases, stream.tests, strict=True) if a is not None]
+    if len(known) < 2:
+        return found
+    first = known[0][0]
+    later = sum(a * n for a, n in known[1:]) / sum(n for _, n in known[1:])
+    harmonic = 2 * first * later / (first + later) if first + later else 0.0
+    return found | {"first": first, "later": later, "harmonic": harmonic}
 
 
 def _protocol(

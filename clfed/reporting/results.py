@@ -65,6 +65,9 @@ class Classifier(TypedDict):
 
     accuracy: float
     spread: NotRequired[float]
+    first: NotRequired[float]
+    later: NotRequired[float]
+    harmonic: NotRequired[float]
     bytes: NotRequired[int]
     seconds: NotRequired[float]
 
@@ -169,8 +172,9 @@ def _table_rows(results: Mapping[str, Any]) -> None:
         where = f"classifiers.{name}"
         row = _mapping(results["classifiers"], name, "classifiers")
         _fraction(row, "accuracy", where)
-        if "spread" in row:
-            _fraction(row, "spread", where)
+        for part in ("spread", "first", "later", "harmonic"):
+            if part in row:
+                _fraction(row, part, where)
         if "bytes" in row:
             _count(row, "bytes", where)
         if "seconds" in row:

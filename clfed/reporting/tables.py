@@ -80,10 +80,12 @@ def classifiers_table(results: Mapping[str, Any]) -> Table | None:
     Args:
         results: Valid results; the rows are those of ``classifiers``.
     """
+    parts = ("first", "later", "harmonic")
     rows = [
         (
             name,
             _percent(row["accuracy"], row.get("spread")),
+            *(_percent(row[key], None) if key in row else "-" for key in parts),
             _kilobytes(row["bytes"]) if "bytes" in row else "-",
             _seconds(row.get("seconds")),
         )
@@ -92,7 +94,8 @@ def classifiers_table(results: Mapping[str, Any]) -> Table | None:
     if not rows:
         return None
     title = "Classifiers read off the same memory"
-    return _table(title, ("", "accuracy", "kB of memory", "seconds"), rows)
+    columns = ("", "accuracy", "first phase", "later", "harmonic", "kB of memory", "seconds")
+    return _table(title, columns, rows)
 
 
 METRICS = {
@@ -100,12 +103,21 @@ METRICS = {
     "acc/all": "accuracy over all images",
     "acc/inc": "average incremental accuracy",
     "acc/balanced": "mean accuracy of the classes",
+    "acc/first": "accuracy on the first phase",
+    "acc/later": "accuracy on later phases",
+    "acc/harmonic": "their harmonic mean",
     "learning": "accuracy just after learning",
     "forgetting/max": "forgetting, from the best",
     "forgetting/end": "forgetting, from just after learning",
     "bwt": "backward transfer",
     "fwt": "forward transfer",
     "drop": "drop from first to last",
+    "forgetting/smith": "forgetting, weighted by classes",
+    "min_acc": "lowest accuracy since learned",
+    "wc_acc": "worst-case accuracy",
+    "lca": "learning curve area",
+    "unknown/auroc": "unknown classes, AUROC",
+    "unknown/fpr95": "unknown classes, FPR at 95 % TPR",
 }
 
 
