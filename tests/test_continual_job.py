@@ -150,6 +150,60 @@ def test_domain_incremental_has_forward_transfer(tmp_path):
     assert "fwt" in results["continual"]
 
 
+ONLINE = ("scenario=online", "scenario.size=50", "learner.epochs=1", "learner.batch_size=10")
+
+
+def test_an_online_stream_is_examined_where_its_phases_end(tmp_path):
+    results = read(run(tmp_path, "learner=naive", *ONLINE) / "results.json")
+    assert results["protocol"]["experiences"] > results["protocol"]["phases"] == 5
+    assert len(results["accuracy_matrix"]) == len(results["steps"]) == 5
+    assert sum(step["images"] for step in results["steps"]) == 899
+    assert sum(step["updates"] for step in results["steps"]) >= 89
+
+
+def test_an_online_stream_forgets_no_optimiser_between_its_pieces(tmp_path):
+    """Pieces of 50 images in order are the same training as pieces of 100, but for their order."""
+    from clfed.learners.fitting import learn
+    from clfed.learners.options import TrainerOptions
+
+    cfg = compose([*QUICK, "learner=naive", *ONLINE, f"run_dir={tmp_path}"])
+    benchmark = continual.open_benchmark(OmegaConf.to_container(cfg.data))
+    stream = continual.open_stream(OmegaConf.to_container(cfg.scenario), benchmark, 0)
+    learner = continual.new_learner(cfg, benchmark, stream)
+    options = TrainerOptions(precision="32", threads=1, loop="fast")
+    for number, experience in enumerate(stream.experiences[:3], start=1):
+        learn(learner, experience, options)
+        step = learner.optimiser_state["backbone.layers.1.weight"]["step"]
+        assert int(step) == 5 * number
+
+
+@pytest.mark.parametrize("name", ["lwf", "prd", "sdc", "ewc"])
+def test_a_learner_that_needs_boundaries_refuses_an_online_stream(tmp_path, name):
+    with pytest.raises(ConfigError, match="where an experience ends"):
+        run(tmp_path, f"learner={name}", *ONLINE)
+
+
+@pytest.mark.parametrize("scenario", ["rotated", "power_law"])
+def test_other_streams_run(tmp_path, scenario):
+    results = read(run(tmp_path, f"scenario={scenario}", "scenario.experiences=2") / "results.json")
+    assert results["protocol"]["replay_free_stream"] is (scenario != "power_law")
+    assert len(results["accuracy_matrix"]) == 2
+
+
+def test_few_classes_of_few_images_are_reported_apart(tmp_path):
+    few = ["scenario=few_shot", "scenario.base_classes=4", "scenario.way=2", "scenario.sessions=3"]
+    pixels = ["data.as_features=true", "backbone=identity", "learner=teen", "learner.train=none"]
+    results = read(run(tmp_path, *few, *pixels, "+job.classifiers.ncm={}") / "results.json")
+    rows = results["classifiers"]
+    assert set(rows) == {"teen", "ncm"}
+    matrix, tests = results["accuracy_matrix"][-1], results["protocol"]["test_images"]
+    assert rows["teen"]["first"] == matrix[0] == results["continual"]["acc/first"]
+    both = rows["teen"]
+    share = (both["accuracy"] - both["later"]) / (both["first"] - both["later"])
+    assert 0.35 < share < 0.45 and tests == 898
+    assert both["harmonic"] == pytest.approx(2 / (1 / both["first"] + 1 / both["later"]), abs=1e-12)
+
+
 def test_further_classifiers_are_read_off_the_same_memory(tmp_path):
     results = read(run(tmp_path, *PIXELS, "+job.classifiers.ncm={}") / "results.json")
     assert results["final"]["accuracy"]["ncm"] == pytest.approx(0.8987, abs=2e-3)
