@@ -750,7 +750,13 @@ def test_bad_trainer_options_are_refused(options):
         TrainerOptions(**options)
 
 
-@pytest.mark.parametrize("name", [name for name, _ in choices("learner")])
+def test_a_learner_with_a_layer_of_its_own_makes_no_encoder(tmp_path):
+    cfg = compose(["learner=adagauss", "backbone.widths=[4,4,4,8]"])
+    with pytest.raises(ConfigError, match="layer of its own"):
+        base_encoder(BaseTraining.from_config(cfg), benchmark(), seed=0, cache=tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in choices("learner") if name != "adagauss"])
 def test_every_configuration_trains(name, tmp_path):
     cfg = compose([f"learner={name}", "backbone.widths=[4,4,4,8]", "trainer.threads=1"])
     read = BaseTraining.from_config(cfg)
@@ -759,6 +765,7 @@ def test_every_configuration_trains(name, tmp_path):
     encoder = base_encoder(replace(read, learner=known), benchmark(), seed=0, cache=tmp_path)
     images = benchmark().train.images
     assert encoder.embed(images).shape == (len(images), encoder.dim)
+    assert Encoder.from_bytes(encoder.to_bytes()).embedding_id == encoder.embedding_id
 
 
 def test_configuration_is_read():

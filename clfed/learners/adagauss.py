@@ -39,6 +39,7 @@ from clfed.prototypes import Moments, PrototypeMemory
 from clfed.prototypes.moments import class_scatter
 
 if TYPE_CHECKING:
+    from clfed.data.benchmark import ImageSet
     from clfed.scenarios.streams import Experience
 
 _JITTER = 1e-4  # beside the unit variance that the anti-collapse term asks for
@@ -115,6 +116,19 @@ class AdaGauss(Drifting):
             LossTerm("classification", 1.0, ("backbone", "head")),
             LossTerm("anti_collapse", float(anti_collapse), ("backbone",)),
             LossTerm("distillation", float(distillation), ("backbone", "projector")),
+        )
+
+    def check_base(self, base: ImageSet) -> None:
+        """Refuse to train an encoder for others.
+
+        Raises:
+            ConfigError: Always: the bottleneck belongs to the learner, and an encoder that travels
+                is a backbone and nothing else.
+        """
+        raise ConfigError(
+            "adagauss puts a layer of its own on the network, so it cannot make an encoder that "
+            "nodes share.",
+            remedy="Choose another learner for job=reconnaissance, such as slda or fecam.",
         )
 
     def begin_experience(self, experience: Experience) -> None:
