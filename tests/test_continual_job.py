@@ -162,7 +162,7 @@ def test_an_online_stream_is_examined_where_its_phases_end(tmp_path):
 
 
 def test_an_online_stream_forgets_no_optimiser_between_its_pieces(tmp_path):
-    """Pieces of 50 images in order are the same training as pieces of 100, but for their order."""
+    """Adam's count of steps goes on from piece to piece."""
     from clfed.learners.fitting import learn
     from clfed.learners.options import TrainerOptions
 
@@ -211,6 +211,14 @@ def test_further_classifiers_are_read_off_the_same_memory(tmp_path):
     assert results["classifiers"]["ncm"]["accuracy"] == results["final"]["accuracy"]["ncm"]
 
 
+def test_unknown_classes_are_told_from_known_ones(tmp_path):
+    folder = run(tmp_path, "learner=palm", "learner.epochs=5", "learner.batch_size=32")
+    results = read(folder / "results.json")
+    assert 0.6 < results["continual"]["unknown/auroc"] <= 1
+    assert 0 <= results["continual"]["unknown/fpr95"] < 0.95
+    assert [bool(step["unknown"]) for step in results["steps"]] == [True] * 4 + [False]
+
+
 def test_retrieval_is_reported_when_asked_for(tmp_path):
     results = read(run(tmp_path, *PIXELS, "job.recall_at=[1,4]") / "results.json")
     found = results["continual"]
@@ -240,6 +248,17 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, overr
     with pytest.raises(ConfigError, match=message):
         run(tmp_path, *overrides)
     assert not (tmp_path / "run").exists()
+
+
+def test_rotations_are_refused_where_they_would_be_ignored(tmp_path):
+    with pytest.raises(ConfigError, match=r"learner\.rotations"):
+        run(tmp_path, "learner=ncm", "+learner.rotations=true")
+
+
+def test_the_recursion_of_streaming_lda_runs(tmp_path):
+    results = read(run(tmp_path, *PIXELS, "learner.mode=paper") / "results.json")
+    assert results["final"]["accuracy"]["slda"] == pytest.approx(0.94, abs=5e-3)
+    assert results["learner"]["merge"] == "none"
 
 
 def test_a_classifier_without_its_statistics_is_refused(tmp_path):

@@ -67,6 +67,11 @@ def test_a_learner_that_answers_with_its_network_is_refused(name, tmp_path):
     assert not (tmp_path / name).exists()
 
 
+def test_what_merges_by_its_settings_says_so(tmp_path):
+    results = read(reconnaissance.run(settings("protocl0", tmp_path)) / "results.json")
+    assert results["merged_equals_pooled"] and results["learner"]["merge"] == "exact"
+
+
 def test_a_learner_that_would_go_on_learning_says_what_is_left_of_it(tmp_path):
     assert "sdc" in REST
     folder = reconnaissance.run(settings("sdc", tmp_path))

@@ -441,10 +441,8 @@ def test_little_data_is_enough(name, kind):
 
 
 @pytest.mark.parametrize("kind", ["features", "images"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "fetril"])  # trains once
 def test_gradients_reach_what_is_declared(name, kind):
-    if name == "fetril":
-        pytest.skip("trains nothing after the first experience")
     train, _, transform = digits(kind)
     learner = made(name, transform, kind, epochs=2)
     first, second = pairs(few(train, 30), 2)

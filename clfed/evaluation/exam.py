@@ -58,7 +58,6 @@ class Exam:
     def __init__(self, tests: Sequence[ImageSet], *, restricted: bool = False) -> None:
         self.tests = tuple(tests)
         self.restricted = restricted
-        # Each set of images is counted once, even where several phases share it.
         self._sizes = [len(test) for test in self.tests]
 
     def take(self, learner: Examinee, met: int) -> Marks:

@@ -19,6 +19,7 @@ import lightning as L  # noqa: N812
 import torch
 from omegaconf import OmegaConf
 
+from clfed.backbones.encoder import Transform
 from clfed.config import build
 from clfed.data.benchmark import Benchmark
 from clfed.errors import ConfigError, UnsupportedStatistics
@@ -30,6 +31,7 @@ from clfed.jobs.checkpoint import Checkpoint, Record
 from clfed.jobs.run import Run, open_run
 from clfed.jobs.settings import check_continual
 from clfed.learners.base import ContinualLearner
+from clfed.learners.embedding import EmbeddingModule
 from clfed.learners.fitting import learn
 from clfed.learners.options import TrainerOptions
 from clfed.learners.training import (
@@ -38,7 +40,7 @@ from clfed.learners.training import (
     initial_backbone,
     make_learner,
 )
-from clfed.prototypes import PrototypeMemory, read_off
+from clfed.prototypes.rehearsal import check_classifier
 from clfed.reporting.progress import Phase, progress
 from clfed.scenarios.streams import Experience, Stream
 
@@ -105,40 +107,18 @@ def new_learner(cfg: DictConfig, benchmark: Benchmark, stream: Stream) -> Contin
     check_backbone(parts.backbone, shape, benchmark.name)
     backbone = initial_backbone(parts.backbone, shape, cfg.seed)
     probe = stream.experiences[0].train.images[:2]
-    dim = ContinualLearner(backbone, _transform(benchmark)).embed_all(probe).shape[1]
+    transform = Transform(benchmark.mean, benchmark.std)
+    dim = EmbeddingModule(backbone, transform).embed_all(probe).shape[1]
     learner = make_learner(parts.learner, backbone, benchmark, dim=dim, seed=cfg.seed)
-    for name, options in (*cfg.job.classifiers.items(), *_own_classifier(learner)):
-        rehearse(str(name), dict(options), learner)
+    for name, options in cfg.job.classifiers.items():
+        if learner.moments is None:
+            raise UnsupportedStatistics(
+                f"Expected a learner with a memory for job.classifiers={name}, got "
+                f"{learner.method or type(learner).__name__}, which keeps none.",
+                remedy="Leave job.classifiers empty, or set learner.moments.",
+            )
+        check_classifier({"name": str(name), **options}, learner.moments)
     return learner
-
-
-def rehearse(name: str, options: dict[str, Any], learner: ContinualLearner) -> None:
-    """Refuse a classifier that would fail only after the training, on a memory of two classes.
-
-    Raises:
-        ConfigError: It has no such option.
-        UnsupportedStatistics: The learner does not remember what it needs.
-    """
-    if learner.moments is None:
-        raise UnsupportedStatistics(
-            f"Expected a learner with a memory for job.classifiers={name}, got "
-            f"{learner.method or type(learner).__name__}, which keeps none.",
-            remedy="Leave job.classifiers empty, or set learner.moments.",
-        )
-    empty = PrototypeMemory.empty(2, "rehearsal", learner.moments)
-    read_off(name, empty.observe(torch.eye(4)[:, :2], ["a", "b", "a", "b"]), **options)
-
-
-def _own_classifier(learner: ContinualLearner) -> list[tuple[str, dict[str, Any]]]:
-    options = dict(learner.classifier or {})
-    name = options.pop("name", None)
-    return [] if name is None else [(name, options)]
-
-
-def _transform(benchmark: Benchmark) -> Any:
-    from clfed.backbones.encoder import Transform
-
-    return Transform(benchmark.mean, benchmark.std)
 
 
 class _Ticker(L.Callback):
@@ -228,8 +208,9 @@ class _Journey:
         record.per_class = marks.per_class
         ask = getattr(self.learner, "ood_scores", None)
         if ask is not None and record.phase + 1 < len(self.stream.tests):
-            known = torch.cat([ask(t.images) for t in self.stream.tests[: record.phase + 1]])
-            unknown = torch.cat([ask(t.images) for t in self.stream.tests[record.phase + 1 :]])
+            # The learner's scores rise with doubt, those of the metrics with certainty.
+            known = -torch.cat([ask(t.images) for t in self.stream.tests[: record.phase + 1]])
+            unknown = -torch.cat([ask(t.images) for t in self.stream.tests[record.phase + 1 :]])
             record.unknown = {
                 "auroc": auroc(known.numpy(), unknown.numpy()),
                 "fpr95": fpr_at_tpr(known.numpy(), unknown.numpy()),

@@ -177,12 +177,10 @@ def _classifiers(
     own = learner.classifier
     for name, options in asked.items():
         learner.classifier = {"name": str(name), **dict(options)}
-        learner.forget_reader()
         marks = exam.take(learner, met=len(stream.tests))
         record = Record(phase=len(stream.tests) - 1, accuracy=marks.images, phases=marks.phases)
         found[str(name)] = _parts(stream, record)
     learner.classifier = own
-    learner.forget_reader()
     return found
 
 

@@ -6,12 +6,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from clfed import __version__
 from clfed.backbones import Encoder
 from clfed.errors import FederationError
 from clfed.federated.field import Field
 from clfed.jobs.run import Run
 from clfed.jobs.settings import answering
+from clfed.learners.training import BaseTraining, make_learner
 from clfed.reporting import figures
 from clfed.reporting.console import console
 from clfed.reporting.metrics import flatten
@@ -129,7 +132,7 @@ def assemble(
         "version": SCHEMA_VERSION,
         "seed": cfg.seed,
         "protocol": _protocol(cfg, field, encoder, draws, training),
-        "learner": _learner(cfg),
+        "learner": _learner(cfg, field),
         "steps": steps,
         "final": {
             **final,
@@ -186,15 +189,15 @@ def _protocol(
     }
 
 
-def _learner(cfg: DictConfig) -> dict[str, str]:
+def _learner(cfg: DictConfig, field: Field) -> dict[str, str]:
     """Name of the learner, and how what it keeps merges in a stream of its own."""
-    from hydra.utils import get_class
-
-    target = cfg.learner.get("_target_")
-    return {
-        "name": str(cfg.learner.get("name", "none")),
-        "merge": "exact" if target is None else str(getattr(get_class(target), "merges", "none")),
-    }
+    settings = BaseTraining.from_config(cfg).learner
+    name = str(settings.get("name", "none"))
+    if not settings.get("_target_"):
+        return {"name": name, "merge": "exact"}
+    # Some merge by their settings; the size of the network has no part in it.
+    learner = make_learner(settings, nn.Identity(), field.benchmark, dim=1, seed=cfg.seed)
+    return {"name": name, "merge": learner.merges}
 
 
 def _accuracy(parts: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:

@@ -30,14 +30,15 @@ from torch.utils.data import IterableDataset
 
 from clfed.backbones.encoder import Transform
 from clfed.data.benchmark import ImageSet
-from clfed.errors import ConfigError, NotEnoughData, UnknownClass
+from clfed.errors import ConfigError, NotEnoughData
 from clfed.learners import state
 from clfed.learners.buffer import ImageBuffer
 from clfed.learners.embedding import EmbeddingModule
 from clfed.learners.episodes import Augmentation, Epochs, Shuffled
-from clfed.learners.tables import Head
+from clfed.learners.tables import Head, rows_of
 from clfed.prototypes import Classifier, Moments, PrototypeMemory, read_off
 from clfed.prototypes.drift import readdressed
+from clfed.prototypes.rehearsal import check_classifier
 from clfed.seeding import derive_seed, generator
 
 if TYPE_CHECKING:
@@ -183,6 +184,8 @@ class ContinualLearner(EmbeddingModule):
         self.terms: tuple[LossTerm, ...] = (LossTerm("classification", 1.0, ("backbone", "head")),)
         self.classifier = None if classifier is None else dict(classifier)
         self.moments: Moments | None = moments or (None if classifier is None else "none")
+        if classifier is not None:
+            check_classifier(classifier, self.moments or "none")
         self.memory: PrototypeMemory | None = None
         self.teacher = nn.ModuleDict()
         #: Named tensors that are kept between experiences besides modules and memory.
@@ -194,7 +197,7 @@ class ContinualLearner(EmbeddingModule):
         self._current = torch.empty(0, dtype=torch.int64)
         self._loss_sums: dict[str, Tensor] = {}
         self._last: Step | None = None
-        self._reader: tuple[PrototypeMemory, Classifier] | None = None
+        self._reader: tuple[PrototypeMemory, dict[str, Any] | None, Classifier] | None = None
 
     # What a method overrides ------------------------------------------------------------------
 
@@ -227,6 +230,19 @@ class ContinualLearner(EmbeddingModule):
         """
         return readdressed(memory, version)
 
+    def study(self, mapped: Tensor, labels: Tensor, experience: Experience) -> None:
+        """Learn what plain sums do not tell, while ``self.memory`` is still without these images.
+
+        Args:
+            mapped: Embeddings after the feature map, ``(N, D)``.
+            labels: ``(N,)`` int64, index into ``experience.classes``.
+            experience: Where they come from.
+        """
+
+    def reading(self, memory: PrototypeMemory) -> dict[str, Any]:
+        """Return name and options of the classifier that is read off a memory."""
+        return dict(self.classifier or {"name": "ncm"})
+
     def data(self, experience: Experience) -> ImageSet:
         """Return what an experience is learned from; methods with a buffer add theirs."""
         return experience.train
@@ -244,6 +260,7 @@ class ContinualLearner(EmbeddingModule):
 
         Raises:
             NotEnoughData: Fewer classes or images than the method needs.
+            ConfigError: Rotated classes were asked for where whole passes are made.
         """
         if self.steps is not None and self.views == 1:
             return Shuffled(
@@ -253,6 +270,11 @@ class ContinualLearner(EmbeddingModule):
                 seed=seed,
                 rotations=self.rotations,
                 augmentation=self.augmentation,
+            )
+        if self.rotations:
+            raise ConfigError(
+                "learner.rotations=true takes batches that are drawn, not passes over the images.",
+                remedy="Set learner.steps, or learner.rotations=false.",
             )
         return Epochs(
             images,
@@ -338,13 +360,7 @@ class ContinualLearner(EmbeddingModule):
         Raises:
             UnknownClass: A name was never seen.
         """
-        place = {name: row for row, name in enumerate(self.classes)}
-        try:
-            return torch.tensor([*map(place.__getitem__, names)], dtype=torch.int64)
-        except KeyError as error:
-            raise UnknownClass(
-                f"The learner knows {len(place)} classes, not {error.args[0]!r}."
-            ) from None
+        return rows_of(self.classes, names)
 
     def training_data(self, experience: Experience) -> ImageSet:
         """Return the images of :meth:`data` with rows of the learner's classes as labels."""
@@ -390,13 +406,16 @@ class ContinualLearner(EmbeddingModule):
 
     def observe(self, experience: Experience) -> None:
         """Move old statistics into the present space, then add those of an experience."""
-        version = self.version()
+        # Without a training the network is the one that the memory is of.
+        known = None if self.memory is None or self.length else self.memory.embedding_id
+        version = known or self.version()
         embeddings = self.embed_all(experience.train.images)
         mapped = self.mapped(embeddings)
         if self.memory is None:
             self.memory = PrototypeMemory.empty(mapped.shape[1], version, self.moments or "none")
         elif self.memory.embedding_id != version:
             self.memory = self.compensate(self.memory, version, experience, embeddings)
+        self.study(mapped, experience.train.labels, experience)
         names = [*map(experience.train.classes.__getitem__, experience.train.labels.tolist())]
         self.memory = self.memory + self.memory.observe(mapped, names)
 
@@ -452,26 +471,26 @@ class ContinualLearner(EmbeddingModule):
         return generator(self.seed, "learner", self.number, self.step_number, *purpose)
 
     def reader(self) -> Classifier:
-        """Return the classifier that is read off the memory, made once for each memory.
+        """Return the classifier that is read off the memory, made once for each of both.
 
         Raises:
             NotEnoughData: Nothing was learned yet.
         """
         if self.memory is None:
             raise NotEnoughData("Expected a memory of at least one class, got none.")
-        if self._reader is None or self._reader[0] is not self.memory:
-            self._reader = (self.memory, self.read(self.memory))
-        return self._reader[1]
-
-    def forget_reader(self) -> None:
-        """Make the classifier anew when it is asked next, after its options changed."""
-        self._reader = None
+        made = self._reader
+        if made is None or made[0] is not self.memory or made[1] is not self.classifier:
+            self._reader = made = (self.memory, self.classifier, self.read(self.memory))
+        return made[2]
 
     def read(self, memory: PrototypeMemory) -> Classifier:
         """Make the classifier over the classes of a memory, in the order of ``self.classes``."""
-        options = dict(self.classifier or {"name": "ncm"})
-        classes = [name for name in self.classes if name in memory]
-        return read_off(options.pop("name"), memory, classes=classes, **options)
+        options = self.reading(memory)
+        return read_off(options.pop("name"), memory, classes=self.remembered(memory), **options)
+
+    def remembered(self, memory: PrototypeMemory) -> list[str]:
+        """Return the classes of a memory in the order of ``self.classes``."""
+        return [name for name in self.classes if name in memory]
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images to scores ``(B, C)`` of all classes seen so far, in their order."""

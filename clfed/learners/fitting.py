@@ -12,9 +12,9 @@ from torch.utils.data import IterableDataset
 
 from clfed.errors import InvalidEmbedding
 from clfed.learners.base import Batch, ContinualLearner
-from clfed.learners.loop import brisk, quiet, threads
 from clfed.learners.optimisers import pack
 from clfed.learners.options import TrainerOptions
+from clfed.learners.surroundings import brisk, quiet, threads
 from clfed.seeding import derive_seed
 
 if TYPE_CHECKING:

@@ -32,7 +32,6 @@ from clfed.data.benchmark import ImageSet
 from clfed.errors import ConfigError
 from clfed.learners.base import Batch, ContinualLearner, LossTerm, Step
 from clfed.learners.buffer import ImageBuffer
-from clfed.learners.frozen import check_classifier
 from clfed.prototypes import PrototypeMemory
 from clfed.prototypes.bayesian import log_joint, predictive
 from clfed.prototypes.drift import moved
@@ -70,7 +69,6 @@ class ProtoCL(ContinualLearner):
         **options: Any,
     ) -> None:
         chosen: dict[str, Any] = {"name": "bayes", **(classifier or {})}
-        check_classifier(chosen, "none")
         if chosen["name"] != "bayes":
             raise ConfigError(f"protocl takes the classifier bayes, got {chosen['name']!r}.")
         if isinstance(memory_size, bool) or not isinstance(memory_size, int) or memory_size < 0:

@@ -105,7 +105,7 @@ class StreamingLDA(FrozenLearner):
         """Make the classifier from the exact covariance, or from the recursion's."""
         if self.mode == "exact":
             return super().read(memory)
-        names = self.known(memory)
+        names = self.remembered(memory)
         shrinkage = (self.classifier or {}).get("shrinkage", 1e-4)
         means = memory.means()[memory.rows(names)]
         covariance = self.kept["scatter"] / memory.total_count

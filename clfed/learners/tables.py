@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -34,6 +34,19 @@ class Column:
     shape: tuple[int, ...] = ()
     rule: MergeRule = "param"
     initial: float = 0.0
+
+
+def rows_of(classes: Sequence[str], names: Iterable[str]) -> Tensor:
+    """Return the place of each name among some classes, ``(len(names),)`` int64.
+
+    Raises:
+        UnknownClass: A name is not among them.
+    """
+    place = {name: row for row, name in enumerate(classes)}
+    try:
+        return torch.tensor([*map(place.__getitem__, names)], dtype=torch.int64)
+    except KeyError as error:
+        raise UnknownClass(f"Expected a class among {len(place)}, got {error.args[0]!r}.") from None
 
 
 class ClassTable(nn.Module):
@@ -77,13 +90,7 @@ class ClassTable(nn.Module):
         Raises:
             UnknownClass: A name has no row.
         """
-        place = {name: row for row, name in enumerate(self.classes)}
-        try:
-            return torch.tensor([*map(place.__getitem__, names)], dtype=torch.int64)
-        except KeyError as error:
-            raise UnknownClass(
-                f"Expected a class among {len(place)}, got {error.args[0]!r}."
-            ) from None
+        return rows_of(self.classes, names)
 
     def without(self, names: Sequence[str]) -> None:
         """Remove the rows of some classes.
