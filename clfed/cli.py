@@ -20,6 +20,8 @@ GROUPS = {
     "scenario": "who sees which classes when",
     "backbone": "image to embedding",
     "learner": "how the embedding is trained",
+    "unlearner": "how a trained learner forgets",
+    "forget": "what is to be forgotten",
     "trainer": "how training runs on this machine",
     "strategy": "how the server merges what nodes send",
     "engine": "who carries the messages",

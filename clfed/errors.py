@@ -110,3 +110,24 @@ class RunFolderError(ClfedError):
 
     code = 50
     remedy = "Choose another run_dir, or free some space."
+
+
+class RequestError(ClfedError):
+    """A request to forget cannot be read, or asks for what cannot be done."""
+
+    code = 60
+    remedy = "Name classes, sample ids or a contributor that the training data hold."
+
+
+class UndeclaredData(ClfedError):
+    """An unlearner looked at data that it did not declare."""
+
+    code = 61
+    remedy = "Add the kind of data to the unlearner's needs, or leave it alone."
+
+
+class CertificateError(ClfedError):
+    """A certificate is damaged, incomplete, or does not fit what it certifies."""
+
+    code = 62
+    remedy = "Keep the certificate together with the files of its run, unchanged."

@@ -18,7 +18,7 @@ from clfed.learners.base import ContinualLearner
 from clfed.reporting.run_folder import write_atomic
 
 logger = logging.getLogger(__name__)
-FORMAT = 1
+FORMAT = 2
 # What may differ between a run and the one that goes on with it.
 FREE = ("run_dir", "overwrite", "cache_dir", "logger", "smoke", "when_smoke")
 

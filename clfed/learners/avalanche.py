@@ -154,7 +154,7 @@ class AvalancheLearner(ContinualLearner):
         return self.scores_of(images)
 
     @torch.no_grad()
-    def scores_of(self, images: Tensor) -> Tensor:
+    def scores_of(self, images: Tensor, *, closed: bool = True) -> Tensor:
         """Score any number of images ``(N, C)`` through the strategy's own evaluation."""
         seen = len(self.classes)
         if not len(images):
@@ -170,7 +170,8 @@ class AvalancheLearner(ContinualLearner):
                 strategy.eval(experience)
         finally:
             strategy.plugins.remove(listener)
-        return torch.cat(listener.answers)[:, :seen]
+        scores = torch.cat(listener.answers)[:, :seen]
+        return self.closed(scores) if closed else scores
 
     def load_state_dict(self, *state: Any, **options: Any) -> Any:
         """Refuse to go on: a strategy's own state cannot be written down.

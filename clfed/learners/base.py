@@ -192,6 +192,8 @@ class ContinualLearner(EmbeddingModule):
         self.kept: dict[str, Tensor] = {}
         self.buffer: ImageBuffer | None = None
         self.classes: tuple[str, ...] = ()
+        #: Classes that were forgotten on request; their outputs stay closed.
+        self.retired: tuple[str, ...] = ()
         self.length = steps or 0
         self.step_number = 0
         self._current = torch.empty(0, dtype=torch.int64)
@@ -494,11 +496,31 @@ class ContinualLearner(EmbeddingModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images to scores ``(B, C)`` of all classes seen so far, in their order."""
-        return self.scores(self.embed(images))
+        return self.closed(self.scores(self.embed(images)))
+
+    def retire(self, names: Iterable[str]) -> None:
+        """Close the outputs of some classes for good: nothing is ever taken for one of them.
+
+        Raises:
+            UnknownClass: A class was never seen.
+        """
+        self.rows(names := [*names])
+        self.retired = tuple(dict.fromkeys((*self.retired, *names)))
+
+    def closed(self, scores: Tensor) -> Tensor:
+        """Set the scores of retired classes to minus infinity."""
+        if not self.retired:
+            return scores
+        return scores.index_fill(1, self.rows(self.retired).to(scores.device), -torch.inf)
 
     @torch.no_grad()
-    def scores_of(self, images: Tensor) -> Tensor:
-        """Score any number of images in eval mode, ``(N, C)`` on the CPU."""
+    def scores_of(self, images: Tensor, *, closed: bool = True) -> Tensor:
+        """Score any number of images in eval mode, ``(N, C)`` on the CPU.
+
+        Args:
+            images: What the transform takes.
+            closed: Whether retired classes are out; False shows what the network still says.
+        """
         embeddings = self.embed_all(images)
         if not len(images):
             return torch.empty(0, len(self.classes))
@@ -506,7 +528,7 @@ class ContinualLearner(EmbeddingModule):
         self.eval()
         scores = self.scores(embeddings.to(self.device)).cpu()
         self.train(was_training)
-        return scores
+        return self.closed(scores) if closed else scores
 
     # What is kept -------------------------------------------------------------------------------
 

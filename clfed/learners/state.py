@@ -43,6 +43,7 @@ def beside_weights(learner: ContinualLearner) -> dict[str, Any]:
     memory = learner.memory
     return {
         "classes": list(learner.classes),
+        "retired": list(learner.retired),
         "number": learner.number,
         "teacher": bool(learner.teacher),
         "kept": dict(learner.kept),
@@ -70,6 +71,7 @@ def restore(learner: ContinualLearner, state: Mapping[str, Any]) -> None:
 def restore_beside_weights(learner: ContinualLearner, state: Mapping[str, Any]) -> None:
     """Take over :func:`beside_weights`, so that the weights fit afterwards."""
     learner.classes, learner.number = tuple(state["classes"]), state["number"]
+    learner.retired = tuple(state["retired"])
     if state["teacher"]:
         learner.snapshot()
     learner.kept = dict(state["kept"])
@@ -82,7 +84,8 @@ def restore_beside_weights(learner: ContinualLearner, state: Mapping[str, Any]) 
 
 def sha256(learner: ContinualLearner) -> str:
     """Return the SHA-256 of everything that a learner keeps."""
-    digest = hashlib.sha256(repr((learner.classes, learner.number)).encode())
+    told = (learner.classes, learner.number, *([learner.retired] if learner.retired else []))
+    digest = hashlib.sha256(repr(told).encode())
     update(digest, learner.state_dict())
     update(digest, learner.kept)
     if learner.memory is not None:

@@ -1,0 +1,141 @@
+"""One request through an unlearner: bind, prepare, train or solve, finalize, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L  # noqa: N812
+import torch
+
+from clfed.errors import InvalidEmbedding
+from clfed.learners import state
+from clfed.learners.base import ContinualLearner
+from clfed.learners.options import TrainerOptions
+from clfed.learners.surroundings import brisk, quiet, threads
+from clfed.unlearning.base import Unlearner
+from clfed.unlearning.context import Context
+from clfed.unlearning.masks import Saliency, SoftThreshold
+from clfed.unlearning.report import Report
+
+
+class StopRule(L.Callback):
+    """Ends the training once the method says so, after each pass.
+
+    Args:
+        context: Behind the method's guard.
+
+    Attributes:
+        fired: Whether it did.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.context, self.fired = context, False
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Ask the method."""
+        if pl_module.should_stop(self.context):
+            self.fired, trainer.should_stop = True, True
+
+
+def forget(
+    unlearner: Unlearner,
+    context: Context,
+    options: TrainerOptions,
+    *,
+    callbacks: Sequence[L.Callback] = (),
+) -> tuple[ContinualLearner, Report]:
+    """Let a model forget.
+
+    An empty forget set changes nothing at all.
+
+    Args:
+        unlearner: Holds the student, a copy of ``context.learner``, which stays as it is.
+        context: The request and the data; the unlearner sees it through its own guard.
+        options: Threads, precision and accelerator.
+        callbacks: Further Lightning callbacks.
+
+    Returns:
+        The model that has forgotten, in eval mode, and the account.
+
+    Raises:
+        ConfigError: Model, data and method do not fit together.
+        UndeclaredData: The method looked at what it did not declare.
+        InvalidEmbedding: The unlearning diverged.
+    """
+    start = time.perf_counter()
+    before = state.sha256(context.learner)
+    seen = context.behind(unlearner.needs)
+    rule = StopRule(seen)
+    if len(context.forget):
+        with threads(options.threads), brisk():
+            unlearner.bind(seen)
+            masks = _masks(unlearner, seen)
+            unlearner.prepare(seen)
+            if unlearner.schedule == "none":
+                unlearner.solve(seen)
+            else:
+                _train(unlearner, options, [*masks, rule, *callbacks])
+            for mask in masks:
+                if isinstance(mask, Saliency):
+                    mask.restore(unlearner)
+            unlearner.finalize(seen)
+            _check_finite(unlearner.learner)
+    # Of what was trained here nothing but the weights goes on.
+    unlearner.learner.zero_grad(set_to_none=True)
+    model = unlearner.learner.eval()
+    return model, Report(
+        unlearner=unlearner.method or type(unlearner).__name__,
+        request=context.request.id,
+        exact=unlearner.exact,
+        scope=unlearner.scope,
+        touched=seen.guard.counts(),
+        steps=unlearner.step_number,
+        seconds=time.perf_counter() - start,
+        before=before,
+        after=state.sha256(model),
+        stopped=rule.fired,
+        lineage=unlearner.lineage,
+    )
+
+
+def _masks(unlearner: Unlearner, context: Context) -> list[L.Callback]:
+    found: list[L.Callback] = []
+    if unlearner.mask_options is not None:
+        mask = Saliency(**unlearner.mask_options)
+        mask.measure(unlearner, context)
+        found.append(mask)
+    if unlearner.proximal is not None:
+        soft = SoftThreshold(unlearner.proximal)
+        soft.measure(unlearner)
+        found.append(soft)
+    return found
+
+
+def _train(unlearner: Unlearner, options: TrainerOptions, callbacks: Sequence[L.Callback]) -> None:
+    if unlearner.batches is None or not unlearner.epochs or not unlearner.batches.steps:
+        return
+    with quiet():
+        trainer = L.Trainer(
+            max_epochs=unlearner.epochs,
+            accelerator=options.accelerator,
+            devices=1,
+            precision="bf16-mixed" if options.resolved_precision() != "32" else "32-true",
+            callbacks=list(callbacks),
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+        )
+        trainer.fit(unlearner, unlearner.batches)
+
+
+def _check_finite(learner: ContinualLearner) -> None:
+    if not all(bool(torch.isfinite(weights).all()) for weights in learner.parameters()):
+        raise InvalidEmbedding(
+            "The unlearning diverged: weights are no longer finite numbers.",
+            remedy="Choose a smaller unlearner.lr, or fewer unlearner.epochs.",
+        )
