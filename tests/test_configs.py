@@ -22,6 +22,8 @@ GIVEN = {
     "scenario": {"benchmark", "seed"},
     "backbone": {"in_channels", "image_size"},
     "learner": {"backbone", "transform", "num_classes", "dim"},
+    "unlearner": {"learner", "seed"},
+    "forget": {"holdings", "seed", "original"},
     "strategy": {"empty", "merge", "initial", "briefing", "session", "nodes"},
     "engine": {"serve", "nodes"},
     "logger": {"folder", "config"},

@@ -30,6 +30,11 @@ def test_smoke_form_runs_on_the_pack(name, packs, tmp_path):
         for step in results["steps"]:
             assert step["accuracy"]["merged"] == step["accuracy"]["pooled"]
         assert results["final"]["accuracy"]["merged"] == results["final"]["accuracy"]["ncm"]
+    elif results["job"] == "unlearning":
+        found = results["unlearning"]
+        assert found["measures"].keys() >= found["original"].keys() >= {"ua", "ra", "ta", "avg_gap"}
+        assert found["cost"]["oracle_seconds"] > 0
+        assert len(found["trace"]) > 1
     else:
         phases = len(results["accuracy_matrix"])
         assert phases == len(results["steps"]) == results["protocol"]["phases"] > 1

@@ -316,7 +316,7 @@ def test_results_without_alternatives_show_their_accuracies(tmp_path):
 def test_broken_and_foreign_folders_are_counted_with_a_sentence_each(tmp_path, capsys):
     write(tmp_path / "good" / "deep", results())
     foreign = results()
-    foreign["job"] = "unlearning"
+    foreign["job"] = "draw"
     write(tmp_path / "foreign", foreign)
     nameless = results()
     nameless["final"]["accuracy"] = {"other": 0.5}
@@ -334,7 +334,7 @@ def test_broken_and_foreign_folders_are_counted_with_a_sentence_each(tmp_path, c
     assert "## Left out: 9 folders" in text
     lines = text.split("## Left out")[1].strip().splitlines()[2:]
     assert len(lines) == 9 and all(line.endswith(".") for line in lines)
-    assert any("job=unlearning has no table" in line for line in lines)
+    assert any("job=draw has no table" in line for line in lines)
     assert "Left out: 9 folders" in capsys.readouterr().out
 
 
@@ -422,7 +422,7 @@ def test_choices_are_named_where_they_explain_everything():
     config = compose(["job=continual", "learner=naive", "scenario=permuted", "trainer=fast"])
     made = recipe(OmegaConf.to_container(config))
     assert made.shared == ("job=continual", "scenario=permuted", "trainer=fast")
-    assert made.learner == "naive" and made.options == ()
+    assert made.method == "naive" and made.options == ()
 
 
 def test_a_setting_that_an_older_run_does_not_know_keeps_its_default():

@@ -21,11 +21,13 @@ logger = logging.getLogger(__name__)
 def run(cfg: DictConfig) -> Path:
     """Print one table for each protocol and write ``report.md`` and ``report.png``.
 
+    Where there are other tables, those of unlearners are drawn in ``unlearning.png``.
+
     Args:
         cfg: The resolved configuration; only ``job`` counts.
 
     Returns:
-        The folder that holds the two files.
+        The folder that holds the files.
 
     Raises:
         ConfigError: ``job.runs`` or ``job.output`` is no list of folders, or no folder.
@@ -47,9 +49,10 @@ def run(cfg: DictConfig) -> Path:
             remedy="Choose another job.output.",
         ) from error
     write_atomic(output / "report.md", text.encode())
-    _draw(found, output / "report.png")
+    figures = _draw(found, output)
     console().print(Markdown(text))
-    console().print(f"This is in {output / 'report.md'} and {output / 'report.png'}", markup=False)
+    places = " and ".join(map(str, [output / "report.md", *figures]))
+    console().print(f"This is in {places}", markup=False)
     return output
 
 
@@ -75,13 +78,28 @@ def _folders(cfg: DictConfig) -> tuple[list[Path], Path]:
     return folders, folders[0] if output is None else Path(output)
 
 
-def _draw(found: list[Table], path: Path) -> None:
+def _draw(found: list[Table], output: Path) -> list[Path]:
+    """Draw the tables, those of unlearners in a figure of their own; the figures' paths."""
     from clfed.reporting.continual import learners_chart
+    from clfed.reporting.unlearning_chart import evidence_chart
 
-    several = len(found) > 1
     rows = [
-        {**bar, "group": f"Table {number}: {table.title}" if several else ""}
+        {
+            **bar,
+            "job": table.job,
+            "group": f"Table {number}: {table.title}" if len(found) > 1 else "",
+        }
         for number, table in enumerate(found, 1)
         for bar in table.bars
     ]
-    learners_chart(rows, path)
+    learners = [row for row in rows if row["job"] != "unlearning"]
+    unlearners = [row for row in rows if row["job"] == "unlearning"]
+    paths = []
+    for chart, own, name in (
+        (learners_chart, learners, "report.png"),
+        (evidence_chart, unlearners, "unlearning.png" if learners else "report.png"),
+    ):
+        if own:
+            chart(own, output / name)
+            paths.append(output / name)
+    return paths

@@ -38,6 +38,23 @@ def check(cfg: DictConfig) -> None:
     _check_classifiers(cfg)
 
 
+def check_unlearning(cfg: DictConfig) -> None:
+    """Refuse settings of the unlearning job that are of the wrong kind.
+
+    Raises:
+        ConfigError: Names the first key that does not fit.
+    """
+    for group in ("unlearner", "forget"):
+        if cfg.get(group) is None:
+            raise _wrong(group, "one of the choices that clfed --help lists", None)
+    for key in ("originals", "unlearnings", "oracles", "ood_images"):
+        whole(cfg, f"job.{key}", least=1)
+    whole(cfg, "job.relearn", least=0)
+    for key in ("shadows", "klom"):
+        if cfg.job[key] is not None:
+            whole(cfg, f"job.{key}", least=2)
+
+
 def answering(cfg: DictConfig) -> tuple[str, dict[str, Any]]:
     """Return name and options of the classifier that answers in reconnaissance missions.
 

@@ -507,6 +507,10 @@ class ContinualLearner(EmbeddingModule):
         self.rows(names := [*names])
         self.retired = tuple(dict.fromkeys((*self.retired, *names)))
 
+    def drop_last(self) -> None:
+        """Let go of the last batch, and of the classifier that was read off the memory."""
+        self._last, self._reader = None, None
+
     def closed(self, scores: Tensor) -> Tensor:
         """Set the scores of retired classes to minus infinity."""
         if not self.retired:

@@ -84,14 +84,21 @@ def restore_beside_weights(learner: ContinualLearner, state: Mapping[str, Any]) 
 
 def sha256(learner: ContinualLearner) -> str:
     """Return the SHA-256 of everything that a learner keeps."""
-    told = (learner.classes, learner.number, *([learner.retired] if learner.retired else []))
+    return sha256_of(state_of(learner))
+
+
+def sha256_of(state: Mapping[str, Any]) -> str:
+    """Return what :func:`sha256` gives for the learner of a state of :func:`state_of`."""
+    classes, retired = tuple(state["classes"]), tuple(state["retired"])
+    told = (classes, state["number"], *([retired] if retired else []))
     digest = hashlib.sha256(repr(told).encode())
-    update(digest, learner.state_dict())
-    update(digest, learner.kept)
-    if learner.memory is not None:
-        digest.update(learner.memory.to_bytes())
-    if learner.buffer is not None and learner.buffer.images is not None:
-        update(digest, {"images": learner.buffer.images, "labels": learner.buffer.labels})
+    update(digest, state["model"])
+    update(digest, state["kept"])
+    if state["memory"] is not None:
+        digest.update(state["memory"].numpy().tobytes())
+    buffer = state["buffer"]
+    if buffer is not None and buffer["images"] is not None:
+        update(digest, {"images": buffer["images"], "labels": buffer["labels"]})
     return digest.hexdigest()
 
 

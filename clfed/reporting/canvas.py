@@ -7,6 +7,7 @@ by side.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 DASHES = ("-", "--", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")  # two more than colours
 INK = "#222222"
+GREY = "#777777"
 GRID = "#DDDDDD"
 
 
@@ -44,9 +46,42 @@ def canvas(size: tuple[float, float], title: str, x: str, y: str) -> tuple[Figur
         x: What the horizontal axis shows.
         y: What the vertical axis shows.
     """
+    figure = blank(size)
+    axes = figure.add_subplot()
+    dress(axes, title, x, y)
+    return figure, axes
+
+
+def panels(
+    size: tuple[float, float], title: str, names: Sequence[str], x: str, y: str
+) -> tuple[Figure, Sequence[Any]]:
+    """An empty figure with several pairs of axes side by side, which share both scales.
+
+    Args:
+        size: Width and height in inches.
+        title: What a newcomer sees here.
+        names: What each pair is of.
+        x: What the horizontal axes show.
+        y: What the vertical axes show.
+    """
+    figure = blank(size)
+    figure.suptitle(title, fontsize=13, x=0.01, ha="left", color=INK)
+    row = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
+    for index, (axes, name) in enumerate(zip(row, names, strict=True)):
+        dress(axes, name, x, "" if index else y)
+        axes.set_title(name, fontsize=11, loc="left", color=INK)
+    return figure, tuple(row)
+
+
+def blank(size: tuple[float, float]) -> Figure:
+    """A figure without axes, of a width and height in inches."""
     figure = Figure(figsize=size, dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    return figure
+
+
+def dress(axes: Any, title: str, x: str, y: str) -> None:
+    """Give axes their texts and the look that all share."""
     axes.set_title(title, fontsize=13, loc="left", pad=14, color=INK)
     axes.set_xlabel(x, fontsize=11, color=INK)
     axes.set_ylabel(y, fontsize=11, color=INK)
@@ -56,7 +91,20 @@ def canvas(size: tuple[float, float], title: str, x: str, y: str) -> tuple[Figur
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#999999")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
-    return figure, axes
+
+
+def above(axes: Any, place: float, text: str) -> None:
+    """Write a word above the axes at a place of the horizontal one."""
+    axes.annotate(
+        text,
+        (place, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="center",
+        fontsize=9.5,
+        color=GREY,
+    )
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -12,7 +12,10 @@ from typing import Any
 from clfed.config import choices, compose, config_dir
 
 #: Groups whose choice decides numbers, in the order in which a command names them.
-GROUPS = ("data", "scenario", "backbone", "learner", "trainer", "strategy", "engine")
+GROUPS = (
+    *("data", "scenario", "backbone", "learner", "trainer", "strategy", "engine"),
+    *("forget", "unlearner"),
+)
 #: Where a run writes, and who watches it; and smoke settings, which are merged in by then.
 ASIDE = ("seed", "run_dir", "cache_dir", "overwrite", "logger", "smoke", "when_smoke")
 _BARE = re.compile(r"(?:\.{0,2}/)?[A-Za-z_][\w./-]*")
@@ -21,17 +24,19 @@ _WORDS = {"null", "true", "false", "nan", "inf"}
 
 @dataclass(frozen=True)
 class Recipe:
-    """A command in parts, so that runs that differ in learner and seed become one sweep.
+    """A command in parts, so that runs that differ in method and seed become one sweep.
 
     Attributes:
-        shared: Overrides that have nothing to do with the learner.
-        learner: The choice of the group ``learner``; None where the job's own one is taken.
-        options: Overrides of the learner's settings.
+        shared: Overrides that have nothing to do with the method.
+        method: The choice of the group that is compared; None where the job's own one is taken.
+        options: Overrides of the method's settings.
+        group: ``learner``, or ``unlearner`` where there is one.
     """
 
     shared: tuple[str, ...]
-    learner: str | None
+    method: str | None
     options: tuple[str, ...]
+    group: str = "learner"
 
 
 def recipe(config: Mapping[str, Any]) -> Recipe:
@@ -61,11 +66,12 @@ def recipe(config: Mapping[str, Any]) -> Recipe:
         # A setting that the run did not know, because it is newer, keeps its default.
         if not re.fullmatch(r"~\w+(\.\w+)?", override)
     ]
-    learner = chosen.get("learner") or _name_of(default.get("learner"))
-    options = sorted(v for v in values if v.lstrip("+~").startswith("learner."))
+    compared = "unlearner" if config.get("unlearner") else "learner"
+    method = chosen.get(compared) or _name_of(compared, default.get(compared))
+    options = sorted(v for v in values if v.lstrip("+~").startswith(f"{compared}."))
     rest = sorted(v for v in values if v not in options)
-    groups = [f"{group}={choice}" for group, choice in chosen.items() if group != "learner"]
-    return Recipe((*start, *groups, *rest), learner, tuple(options))
+    groups = [f"{group}={choice}" for group, choice in chosen.items() if group != compared]
+    return Recipe((*start, *groups, *rest), method, tuple(options), compared)
 
 
 def command_lines(recipes: Sequence[tuple[Recipe, Sequence[int]]]) -> list[str]:
@@ -78,9 +84,9 @@ def command_lines(recipes: Sequence[tuple[Recipe, Sequence[int]]]) -> list[str]:
     """
     sweeps: dict[tuple[object, ...], list[str]] = {}
     for made, seeds in recipes:
-        key = (made.shared, made.options, tuple(sorted(seeds)), made.learner is None)
-        sweeps.setdefault(key, []).extend([made.learner] if made.learner else [])
-    return [_line(key, learners) for key, learners in sweeps.items()]
+        key = (made.shared, made.options, tuple(sorted(seeds)), made.method is None, made.group)
+        sweeps.setdefault(key, []).extend([made.method] if made.method else [])
+    return [_line(key, methods) for key, methods in sweeps.items()]
 
 
 def differences(old: object, new: object, key: str) -> Iterator[str]:
@@ -164,16 +170,16 @@ def _same_target(group: str, target: str | None) -> list[str]:
     return named if target else [name for name, _ in choices(group)]
 
 
-def _name_of(learner: object) -> str | None:
-    name = learner.get("name") if isinstance(learner, Mapping) else None
-    return name if isinstance(name, str) and name in dict(choices("learner")) else None
+def _name_of(group: str, method: object) -> str | None:
+    name = method.get("name") if isinstance(method, Mapping) else None
+    return name if isinstance(name, str) and name in dict(choices(group)) else None
 
 
-def _line(key: tuple[Any, ...], learners: Sequence[str]) -> str:
-    shared, options, seeds, _ = key
-    words = [*shared, *([f"learner={','.join(dict.fromkeys(learners))}"] if learners else [])]
+def _line(key: tuple[Any, ...], methods: Sequence[str]) -> str:
+    shared, options, seeds, _, group = key
+    words = [*shared, *([f"{group}={','.join(dict.fromkeys(methods))}"] if methods else [])]
     words += [*options, f"seed={','.join(map(str, seeds))}"]
-    sweep = ["-m"] if len(set(learners)) > 1 or len(seeds) > 1 else []
+    sweep = ["-m"] if len(set(methods)) > 1 or len(seeds) > 1 else []
     return " ".join(["clfed", *sweep, *map(shlex.quote, words)])
 
 

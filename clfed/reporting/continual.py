@@ -13,13 +13,12 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from clfed.reporting.canvas import GRID, INK, PALETTE, canvas, save
+from clfed.reporting.canvas import GREY, GRID, INK, PALETTE, canvas, save
 
 WIDE = (8.0, 4.8)  # inches: 1200 x 720 pixels
 SQUARE = (8.0, 7.0)  # 1200 x 1050 pixels
 MOST_NUMBERS = 20  # experiences of which each cell carries its number
 HIGHEST = 200  # inches of rows; an image of more than 65536 pixels cannot be written
-GREY = "#777777"
 BLUES = LinearSegmentedColormap.from_list("clfed", ["#F4F8FB", "#8FC1E0", PALETTE[0], "#00304F"])
 
 

@@ -82,7 +82,7 @@ def prototype_map(
         title="class seen by",
         title_fontsize=10.5,
     )
-    _label_points(axes, points, labels)
+    label_points(axes, points, labels)
     save(figure, path)
 
 
@@ -141,8 +141,14 @@ def _in_font(code: int) -> bool:
     return bool(_font().get_char_index(code))
 
 
-def _label_points(axes: Any, points: NDArray[np.float64], labels: Sequence[str]) -> None:
-    """Write labels beside points, only where they cover neither another label nor a point."""
+def label_points(axes: Any, points: NDArray[np.float64], labels: Sequence[str]) -> None:
+    """Write labels beside points, only where they cover neither another label nor a point.
+
+    Args:
+        axes: Where the points are drawn; nothing may change its layout afterwards.
+        points: ``(C, 2)``, in the units of the axes.
+        labels: C texts; the longer ones are cut.
+    """
     figure = axes.figure
     figure.draw_without_rendering()  # settles the layout, so that pixels are final
     pixels = axes.transData.transform(points)

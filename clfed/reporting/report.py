@@ -1,21 +1,25 @@
-"""Tables over many runs: one for each protocol, one row for each learner."""
+"""Tables over many runs: one for each protocol, one row for each learner or unlearner."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 from clfed.reporting.commands import command_lines, differences
-from clfed.reporting.run_groups import FinishedRun, Repetitions, by_learner, by_protocol
+from clfed.reporting.run_groups import FinishedRun, Repetitions, by_method, by_protocol
 from clfed.reporting.tables import markdown_table
+from clfed.reporting.unlearning_tables import comparison, explained
 from clfed.reporting.words import in_words, words
 
 MARKS = {
     "buffer": "keeps images of earlier experiences",
     "transductive": "answers depend on the other images that are asked about",
     "pre-trained": "starts from weights that other data made",
+    "exact": "an algorithm guarantees the result, for what its scope names",
+    "own original": "forgets from a model that it trained in its own way, not from the original",
 }
 NOTHING = "-"
 
@@ -25,15 +29,18 @@ class Table:
     """The runs of one protocol.
 
     Attributes:
+        job: Whose runs these are.
         title: Job and stream in a few words.
         protocol: What was measured, by name.
         commands: Shell commands that make the runs.
         rows: Cells by column.
-        bars: The same rows for :func:`clfed.reporting.continual.learners_chart`.
-        notes: What the marks mean.
+        bars: The same rows for :func:`clfed.reporting.continual.learners_chart`, or of unlearners
+            for :func:`clfed.reporting.unlearning_chart.evidence_chart`.
+        notes: What marks and columns mean.
         warnings: What a reader must know before comparing.
     """
 
+    job: str
     title: str
     protocol: Mapping[str, Any]
     commands: tuple[str, ...]
@@ -45,10 +52,8 @@ class Table:
 
 def tables(runs: Iterable[FinishedRun]) -> list[Table]:
     """Make a table for each protocol among some runs."""
-    return [
-        (_streams if group[0].results["job"] == "continual" else _alternatives)(group)
-        for group in by_protocol(runs)
-    ]
+    makers = {"continual": _streams, "unlearning": _unlearners, "reconnaissance": _alternatives}
+    return [makers[group[0].results["job"]](group) for group in by_protocol(runs)]
 
 
 def markdown(found: Sequence[Table], refused: Sequence[str]) -> str:
@@ -82,14 +87,14 @@ _CELLS = (
 
 def _streams(group: Sequence[FinishedRun]) -> Table:
     """One row a learner, the most accurate one first."""
-    rows = sorted(by_learner(group), key=lambda row: (-_mean(_accuracies(row)), _learner(row)))
+    rows = sorted(by_method(group), key=lambda row: (-_mean(_accuracies(row)), _learner(row)))
     labels = _labels(rows)
     marks = [_marks(row) for row in rows]
     cells: list[dict[str, object]] = [
         {
             "learner": _marked(label, marked),
-            "kept images": max(int(run.learner.get("images_kept", 0)) for run in row.runs),
-            "merge": str(row.runs[0].learner.get("merge", NOTHING)),
+            "kept images": max(int(run.method.get("images_kept", 0)) for run in row.runs),
+            "merge": str(row.runs[0].method.get("merge", NOTHING)),
             "accuracy %": _percent(_accuracies(row)),
             "incremental %": _percent(_metric(row, "acc/inc")),
             "forgetting %": _percent(_metric(row, "forgetting/max")),
@@ -110,9 +115,17 @@ def _streams(group: Sequence[FinishedRun]) -> Table:
     return _table(group, rows, cells, bars, marks)
 
 
+def _unlearners(group: Sequence[FinishedRun]) -> Table:
+    """One row an unlearner, the nearest to the oracle first, beside oracle and original."""
+    rows = sorted(by_method(group), key=_learner)
+    marks = [_marks(row) for row in rows]
+    cells, bars = comparison(rows, [*map(_marked, _labels(rows), marks)])
+    return _table(group, rows, cells, bars, marks, explained(rows))
+
+
 def _alternatives(group: Sequence[FinishedRun]) -> Table:
     """One row for each way of learning that a federation was compared with."""
-    (row,) = by_learner(group)
+    (row,) = by_method(group)
     final = [run.results["final"]["accuracy"] for run in row.runs]
     listed = [run.results.get("alternatives", {}) for run in row.runs]
     names = [n for n in dict.fromkeys(n for a in listed for n in a) if any(n in f for f in final)]
@@ -144,6 +157,7 @@ def _table(
     cells: Sequence[Mapping[str, object]],
     bars: Sequence[Mapping[str, Any]],
     marks: Sequence[Sequence[str]],
+    notes: Sequence[str] = (),
 ) -> Table:
     first = group[0]
     recipes = [(row.runs[-1].recipe, row.seeds) for row in rows]
@@ -156,22 +170,25 @@ def _table(
     if len({(found.get("every"), found.get("samples")) for found in watched}) > 1:
         warnings.append("WC-ACC was measured at different intervals or on different samples.")
     return Table(
-        title=f"{first.results['job']}{_stream(first.protocol)}",
+        job=first.results["job"],
+        title=f"{first.results['job']}{_about(group)}",
         protocol=first.protocol,
         commands=tuple(lines),
         rows=tuple(cells),
         bars=tuple(bars),
-        notes=tuple(f"{mark}: {MARKS[mark]}" for mark in used),
+        notes=(*(f"{mark}: {MARKS[mark]}" for mark in used), *notes),
         warnings=tuple(warnings),
     )
 
 
 def _marks(row: Repetitions) -> tuple[str, ...]:
-    learner, protocol = row.runs[0].learner, row.runs[0].protocol
+    method, protocol = row.runs[0].method, row.runs[0].protocol
     holds = {
-        "buffer": any(run.learner.get("images_kept", 0) for run in row.runs),
-        "transductive": learner.get("transductive"),
-        "pre-trained": learner.get("pretrained") or protocol.get("pretrained"),
+        "buffer": any(run.method.get("images_kept", 0) for run in row.runs),
+        "transductive": method.get("transductive"),
+        "pre-trained": method.get("pretrained") or protocol.get("pretrained"),
+        "exact": method.get("exact"),
+        "own original": method.get("own_original"),
     }
     return tuple(mark for mark in MARKS if holds[mark])
 
@@ -181,9 +198,9 @@ def _marked(label: str, marks: Sequence[str]) -> str:
 
 
 def _labels(rows: Sequence[Repetitions]) -> list[str]:
-    """Names of learners; where one stands in several rows, with the settings that differ."""
+    """Names of methods; where one stands in several rows, with the settings that differ."""
     names = [_learner(row) for row in rows]
-    options = [row.runs[0].learner.get("options") or {} for row in rows]
+    options = [row.runs[0].method.get("options") or {} for row in rows]
     labels = []
     for name, own in zip(names, options, strict=True):
         others = [o for n, o in zip(names, options, strict=True) if n == name and o != own]
@@ -204,7 +221,7 @@ def _at(options: Any, key: str) -> str:
 
 
 def _learner(row: Repetitions) -> str:
-    return str(row.runs[0].learner.get("name"))
+    return str(row.runs[0].method.get("name"))
 
 
 def _accuracies(row: Repetitions) -> list[float]:
@@ -264,8 +281,16 @@ def _join(seeds: Iterable[int]) -> str:
     return ", ".join(map(str, seeds))
 
 
-def _stream(protocol: Mapping[str, Any]) -> str:
-    scenario = protocol.get("scenario")
+def _about(group: Sequence[FinishedRun]) -> str:
+    """What the runs were about, in a few words."""
+    requests = [run.results.get("requests", ()) for run in group]
+    asked = {tuple(f"{part['kind']}: {part['what']}" for part in parts) for parts in requests}
+    if len(asked) > 1:
+        kinds = dict.fromkeys(part["kind"] for part in requests[0])
+        return f", {', '.join(kinds)} drawn by the seed"
+    if parts := asked.pop():
+        return f", {shorten('; '.join(parts), 60, placeholder=' ...')}"
+    scenario = group[0].protocol.get("scenario")
     target = scenario.get("_target_") if isinstance(scenario, Mapping) else scenario
     return f", {words(target).rpartition('.')[2]}" if target else ""
 

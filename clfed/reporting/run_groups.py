@@ -17,7 +17,8 @@ from clfed.reporting.results import read
 
 logger = logging.getLogger(__name__)
 
-JOBS = ("continual", "reconnaissance")
+#: Jobs that have a table, with the key of their results that tells rows apart.
+JOBS = {"continual": "learner", "unlearning": "unlearner", "reconnaissance": ""}
 #: Keys of a protocol that a repetition changes, or that were measured.
 REPEATED = ("seeds", "embedding")
 #: The same within ``protocol.training``.
@@ -45,11 +46,9 @@ class FinishedRun:
         return seed
 
     @property
-    def learner(self) -> Mapping[str, Any]:
-        """What is known of the learner; empty for jobs that compare no learners."""
-        found: Mapping[str, Any] = (
-            self.results["learner"] if self.results["job"] == "continual" else {}
-        )
+    def method(self) -> Mapping[str, Any]:
+        """Who did it, learner or unlearner; empty for jobs that compare no methods."""
+        found: Mapping[str, Any] = self.results.get(JOBS[self.results["job"]], {})
         return found
 
     @property
@@ -63,7 +62,7 @@ class FinishedRun:
         found = {k: v for k, v in self.results["protocol"].items() if k not in REPEATED}
         if isinstance(training := found.get("training"), Mapping):
             found["training"] = {k: v for k, v in training.items() if k not in MEASURED}
-        if not self.learner and self.config is not None:
+        if not self.method and self.config is not None:
             # How the encoder was made decides as much, and these results do not say it.
             found |= {k: self.config[k] for k in ("backbone", "learner") if k in self.config}
         return found
@@ -73,7 +72,7 @@ class FinishedRun:
         """The resolved configuration, None where ``config.yaml`` is missing or no mapping."""
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
-        from yaml import YAMLError  # type: ignore[import-untyped]
+        from yaml import YAMLError
 
         try:
             found = OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"))
@@ -146,15 +145,15 @@ def by_protocol(runs: Iterable[FinishedRun]) -> list[list[FinishedRun]]:
     return list(groups.values())
 
 
-def by_learner(runs: Iterable[FinishedRun]) -> list[Repetitions]:
+def by_method(runs: Iterable[FinishedRun]) -> list[Repetitions]:
     """Divide the runs of one protocol into rows.
 
-    Learners of the same name but with other settings, or of another kind, are rows of their own.
+    Methods of the same name but with other settings, or of another kind, are rows of their own.
     """
     rows: dict[str, list[FinishedRun]] = {}
     for run in runs:
         # How many images a buffer holds may depend on the seed; whether there is one does not.
-        kind = {key: value for key, value in run.learner.items() if key != "stored"}
+        kind = {k: v for k, v in run.method.items() if k not in ("stored", "scope")}
         kind["images_kept"] = bool(kind.get("images_kept"))
         kind["options"] = _without_seed(kind.get("options"), run.seed)
         rows.setdefault(_key(kind), []).append(run)
@@ -179,7 +178,7 @@ def _repetitions(runs: Sequence[FinishedRun]) -> Repetitions:
         before = newest.get(run.seed)
         newest[run.seed] = run
         if before is not None and _measured(before) != _measured(run):
-            name = run.learner.get("name", run.results["job"])
+            name = run.method.get("name", run.results["job"])
             warnings.append(
                 f"{name}, seed {run.seed}: {before.folder} and {run.folder} hold different "
                 f"results{_why(before, run)}; the newer one, {run.folder}, is used."
@@ -200,8 +199,9 @@ def _why(one: FinishedRun, other: FinishedRun) -> str:
 
 
 def _measured(run: FinishedRun) -> str:
-    parts = ("accuracy_matrix", "continual")
-    return _key(run.results["final"]["accuracy"], *(run.results.get(part) for part in parts))
+    parts = [run.results.get(part) for part in ("accuracy_matrix", "continual")]
+    evidence = run.results.get("unlearning", {}).get("measures")
+    return _key(run.results["final"]["accuracy"], *parts, evidence)
 
 
 def _open(path: Path) -> FinishedRun:
@@ -210,6 +210,8 @@ def _open(path: Path) -> FinishedRun:
         raise RunFolderError(f"job={results['job']} has no table in this report.")
     if results["job"] == "continual":
         _check_continual(results)
+    if results["job"] == "unlearning":
+        _check_unlearning(results)
     return FinishedRun(path.parent, results, path.stat().st_mtime)
 
 
@@ -225,8 +227,35 @@ def _check_continual(results: Mapping[str, Any]) -> None:
     stored, metrics, stability = parts
     numbers = [*stored.values(), *metrics.values(), learner.get("images_kept", 0)]
     numbers.append(stability.get("wc_acc", 0.0))
-    if any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
+    if not all(map(_is_number, numbers)):
         raise RunFolderError("results.json: expected numbers in learner.stored and continual.")
+
+
+def _check_unlearning(results: Mapping[str, Any]) -> None:
+    try:
+        found = results["unlearning"]
+        numbers = [found["cost"][key] for key in ("seconds", "oracle_seconds", "ratio")]
+        numbers += [run["original_seed"] for run in found["runs"]]
+        spreads = [found["cost"]["spread"]]
+        for part in ("measures", "original", "oracle"):
+            numbers += [measure["mean"] for measure in found[part].values()]
+            spreads += [v for m in found[part].values() for k, v in m.items() if k != "mean"]
+        numbers += [spread for spread in spreads if spread is not None]
+        texts = [request[key] for request in results["requests"] for key in ("kind", "what")]
+        texts += [results["unlearner"][key] for key in ("name", "scope")]
+        texts += found["ideals"].values()
+        sound = all(map(_is_number, numbers)) and all(isinstance(text, str) for text in texts)
+    except (AttributeError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise RunFolderError(
+            "results.json: expected the unlearner, its requests, and its measures and cost in "
+            "numbers beside those of original and oracle."
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _key(*parts: object) -> str:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = [
     "classifiers_table",
     "console",
+    "console_table",
     "markdown_table",
     "metrics_table",
     "summary_table",
@@ -66,7 +67,7 @@ def summary_table(results: Mapping[str, Any]) -> Table:
             "after base training and only exact class statistics are added"
         )
     notes.append(f"kB: over the whole run, {'for each node' if per_node else 'all nodes together'}")
-    return _table(
+    return console_table(
         f"{results['job']}: all classes together, seed {results['seed']}",
         ("", "accuracy", "classes", "kB up", "kB down", "seconds"),
         rows,
@@ -95,7 +96,7 @@ def classifiers_table(results: Mapping[str, Any]) -> Table | None:
         return None
     title = "Classifiers read off the same memory"
     columns = ("", "accuracy", "first phase", "later", "harmonic", "kB of memory", "seconds")
-    return _table(title, columns, rows)
+    return console_table(title, columns, rows)
 
 
 METRICS = {
@@ -145,7 +146,7 @@ def metrics_table(results: Mapping[str, Any]) -> Table:
         ]
     )
     title = f"{results['job']}: {learner['name']}, seed {results['seed']}"
-    return _table(title, ("", "value", "name"), rows, caption)
+    return console_table(title, ("", "value", "name"), rows, caption)
 
 
 def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
@@ -189,9 +190,17 @@ def _run_costs(results: Mapping[str, Any]) -> dict[str, Any]:
     return costs
 
 
-def _table(
+def console_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = ""
 ) -> Table:
+    """A table for the console; a column of dashes alone is left out.
+
+    Args:
+        title: Above the table.
+        columns: Their headings; the first column is for names.
+        rows: Texts, as many as there are columns; ``-`` where there is nothing to say.
+        caption: Below the table.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text

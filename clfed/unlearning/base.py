@@ -155,6 +155,7 @@ class Unlearner(L.LightningModule):
         self.learner.memory, self.learner.buffer = None, None
         self.learner.kept, self.learner.optimiser_state = {}, {}
         self.learner.teacher = nn.ModuleDict()
+        self.learner.drop_last()
 
     @classmethod
     def original(cls, history: History, settings: Mapping[str, Any]) -> ContinualLearner:

@@ -92,9 +92,10 @@ class Context:
 
     @property
     def kept_rows(self) -> Tensor:
-        """Rows of the classes that stay, int64."""
+        """Rows of the classes that stay, int64: no request so far took them."""
         mask = torch.ones(len(self.learner.classes), dtype=torch.bool)
         mask[self.forgotten_rows] = False
+        mask[self.learner.rows(self.learner.retired)] = False
         return mask.nonzero().flatten()
 
     @property

@@ -7,11 +7,19 @@ set may change,
           \theta_u = m \odot (\theta_o + \Delta) + (1 - m) \odot \theta_o
 
 where :math:`\gamma` leaves a share :math:`\rho` of all weights. Masking gradients alone would not
-do: weight decay and momentum move weights too. So after each step the weights outside the mask are
-put back, bit for bit, and their momentum is cleared.
+do, as the public code did for long: weight decay and momentum move weights too. So after each step
+the weights outside the mask are put back, bit for bit, and their momentum is cleared. The paper
+takes the median of all gradients for :math:`\gamma`, its code a share of the largest ones over all
+tensors together; both are the same at one half. Gradients are summed over the forget set before
+their size is taken, in eval mode.
+
+The running statistics of batch norm are no weights. With a mask they stay as they are, so that
+nothing outside the mask changes; with ``freeze_norm=false`` they follow the images that stay, as in
+the public code, and only the weights are promised.
 
 A proximal step reaches the same sparsity without a mask: after each step the changes
-:math:`\theta - \theta_o` are soft-thresholded so that fewer and fewer of them stay.
+:math:`\theta - \theta_o` are soft-thresholded so that fewer and fewer of them stay. The anchor is
+the original all along, as in the paper; its code takes a new one in each pass.
 """
 
 from __future__ import annotations
@@ -25,6 +33,7 @@ from torch import Tensor
 from clfed.errors import ConfigError
 from clfed.unlearning.base import Unlearner, named_weights
 from clfed.unlearning.context import Context
+from clfed.unlearning.needs import Need
 
 
 class Saliency(L.Callback):
@@ -33,20 +42,31 @@ class Saliency(L.Callback):
     Args:
         density: :math:`\rho`, the share of weights that may change, ranked over all tensors
             together; 0.5 takes the median as threshold.
+        freeze_norm: Whether batch norm keeps its running statistics, too.
 
     Raises:
         ConfigError: Not a share.
     """
 
-    def __init__(self, density: float = 0.5) -> None:
+    def __init__(self, density: float = 0.5, *, freeze_norm: bool = True) -> None:
         if not 0 <= density <= 1:
             raise ConfigError(f"Expected unlearner.mask.density in [0, 1], got {density}.")
-        self.density = density
+        self.density, self.freeze_norm = density, freeze_norm
         self.masks: dict[str, Tensor] = {}
         self._original: dict[str, Tensor] = {}
 
     def measure(self, unlearner: Unlearner, context: Context) -> None:
-        """Find the salient weights of the original."""
+        """Find the salient weights of the original.
+
+        Raises:
+            ConfigError: The method promises not to look at the forget set.
+        """
+        if Need.FORGET not in unlearner.needs:
+            raise ConfigError(
+                "unlearner.mask ranks weights by their gradient on the forget set, but "
+                f"unlearner={unlearner.method or type(unlearner).__name__} does without that set.",
+                remedy="Leave out unlearner.mask, or choose a method that uses the forget set.",
+            )
         gradients = unlearner.gradient(context.forget)
         scores = torch.cat([gradient.abs().flatten() for gradient in gradients.values()])
         count = round(self.density * len(scores))

@@ -10,6 +10,7 @@ The paper draws labels from all :math:`K` classes, the true one among them. Wher
 whole that would teach it again in one of :math:`K` cases, so labels come from the other classes.
 Its code passes through the forget set and then through the rest (``schedule=sequential``) on small
 data sets, and mixes both (``schedule=concat``) on larger ones; labels are drawn anew in each pass.
+We mix: in a pass of its own the forget set pulls everything along, and what stays suffers.
 """
 
 from __future__ import annotations
@@ -50,6 +51,11 @@ class RandomLabel(Unlearner):
             images.append(part.images)
             labels.append(part.labels)
         return F.cross_entropy(self.logits(torch.cat(images)), torch.cat(labels))
+
+    def adapts(self, batch: Batches) -> bool:
+        """Whether batch norm follows this batch; with a mask only if that does not freeze it."""
+        frozen = self.mask_options is not None and self.mask_options.get("freeze_norm", True)
+        return not frozen and "retain" in batch
 
     def drawn_labels(self, labels: Tensor) -> Tensor:
         """Draw a label for each forget image, never a class that goes as a whole."""
