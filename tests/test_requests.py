@@ -268,3 +268,16 @@ def test_choices_that_cannot_be_are_refused(words):
 def test_all_own_choices_are_tried_here():
     own = {"class", "random", "samples", "contributor", "file"}
     assert own <= {name for name, _ in choices("forget")}
+
+
+def test_classes_can_go_one_by_one():
+    options = {"_target_": "clfed.unlearning.selection.of_classes", "one_by_one": True}
+    made = build(
+        options | {"classes": ["bee", 7]}, holdings=make_holdings(), seed=0, original=lambda: None
+    )
+    assert [(request.id, request.classes) for request in made] == [
+        ("class1", ("bee",)),
+        ("class2", ("7",)),
+    ]
+    first = resolve(made[0], make_holdings(), NONE)
+    assert not set(first.tolist()) & set(resolve(made[1], make_holdings(), first).tolist())

@@ -406,11 +406,12 @@ def test_classes_that_are_forgotten_enough_are_no_longer_pushed(original):
     around = context(original, "sample", gone=IDS[::2])
     scar = bound(Scar(original, gate=0.8), around)
     scores = F.one_hot(around.forget.labels, 4).double()
-    scores[around.forget.labels == 2] = 0.0  # taken for class 0: accuracy 0
+    three = (around.forget.labels == 2).nonzero()[:3]
+    scores[three] = 0.0  # taken for class 0: 7 of 10 right, below the gate
     one = (around.forget.labels == 3).nonzero()[0]
     scores[one] = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)  # 9 of 10 right
     scar.learner.scores_of = lambda images, closed: scores
-    assert scar.recognised() == pytest.approx((10 + 10 + 0 + 9) / 40)
+    assert scar.recognised() == pytest.approx((10 + 10 + 7 + 9) / 40)
     assert scar.pace.tolist() == pytest.approx([1.0, 1.0, 0.0, 0.9])
     assert scar.shares(around.forget.batch(torch.arange(40))).tolist() == pytest.approx(
         scar.pace[around.forget.labels].tolist()
@@ -551,7 +552,7 @@ def test_laf_takes_one_step_for_each_loss(original):
         setattr(laf, name, watched)
     model, report = forget(laf, around, OPTIONS)
     assert report.steps == 1
-    start, between, end = *seen, next(model.backbone.parameters())
+    start, between, end = *seen, next(model.backbone.parameters()).detach()
     # The first step of Adam has the size of the learning rate wherever there is a gradient.
     first, second = (between - start).abs(), (end - between).abs()
     assert float(first.max()) == pytest.approx(0.3, rel=1e-2)
@@ -586,7 +587,7 @@ def test_an_autoencoder_answers_from_the_mean_and_repeats_itself():
 def test_the_autoencoders_loss_agrees_with_numpy():
     vae = VAE(3, (4,), 2, decoder="linear", seed=0).double()
     embeddings = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = float(vae.loss(embeddings, 0.3, torch.Generator().manual_seed(7)))
+    found = vae.loss(embeddings, 0.3, torch.Generator().manual_seed(7)).item()
     mean, log_variance = vae.encoder(embeddings).detach().chunk(2, dim=1)
     noise = torch.randn(5, 2, generator=torch.Generator().manual_seed(7))
     code = mean + noise * torch.exp(0.5 * log_variance)

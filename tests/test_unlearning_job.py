@@ -8,7 +8,7 @@ import torch
 from clfed.config import compose
 from clfed.errors import ClfedError, ConfigError
 from clfed.jobs import unlearning, verify
-from clfed.jobs.unlearning import Stage
+from clfed.jobs.unlearning_stage import Stage
 from clfed.learners import state
 from clfed.reporting.progress import progress
 from clfed.reporting.results import read

@@ -22,7 +22,9 @@ from clfed.evaluation.shadows import (
     u_lira,
 )
 from clfed.evaluation.unlearning import accuracy, margins
-from clfed.jobs.unlearning import Outcome, Stage
+from clfed.jobs.unlearning import Outcome
+from clfed.jobs.unlearning_exam import Examiner
+from clfed.jobs.unlearning_stage import Stage
 from clfed.learners.base import ContinualLearner
 from clfed.seeding import derive_seed
 
@@ -32,12 +34,12 @@ if TYPE_CHECKING:
 Found = dict[str, dict[str, float]]
 
 
-def further_evidence(cfg: DictConfig, stage: Stage, final: Outcome, number: int) -> Found:
+def further_evidence(cfg: DictConfig, exam: Examiner, final: Outcome, number: int) -> Found:
     """Compute what the settings ask for.
 
     Args:
         cfg: The resolved configuration; ``job.relearn``, ``job.shadows`` and ``job.klom`` count.
-        stage: Data and models.
+        exam: Who asked the models.
         final: The outcome to be judged, of the first seeds.
         number: Of its request.
 
@@ -45,18 +47,19 @@ def further_evidence(cfg: DictConfig, stage: Stage, final: Outcome, number: int)
         For each measure its value of the ``method``, and of the ``oracle`` where it has one.
     """
     found: Found = {}
+    stage = exam.stage
     if cfg.job.relearn and stage.unlearner_class.reads == "head":
         found |= _relearning(cfg.job.relearn, stage, final, number)
     if cfg.job.shadows is not None:
         found |= _likelihood_ratios(cfg.job.shadows, stage, final, number)
     if cfg.job.klom is not None:
-        found |= _many_models(cfg.job.klom, stage, number)
+        found |= _many_models(cfg.job.klom, exam, number)
     return found
 
 
 def _relearning(most: int, stage: Stage, final: Outcome, number: int) -> Found:
     gone, stays = stage.part(final.gone), stage.staying(number)
-    target = accuracy(stage.before_of(final, number).forget)
+    target = accuracy(final.before.forget)
     seed = derive_seed(stage.cfg.seed, "relearning")
 
     def steps(learner: ContinualLearner) -> int:
@@ -100,16 +103,17 @@ def _likelihood_ratios(models: int, stage: Stage, final: Outcome, number: int) -
     return found
 
 
-def _many_models(models: int, stage: Stage, number: int) -> Found:
+def _many_models(models: int, exam: Examiner, number: int) -> Found:
     """Compare margins of many unlearned models with those of many retrained ones."""
+    stage = exam.stage
     seeds = [derive_seed(stage.cfg.seed, "klom", index) for index in range(models)]
     ours, theirs = [], []
     with stage.track.phase("pairs of models", models) as bar:
         for index, seed in enumerate(seeds, 1):
             start = stage.start(derive_seed(seed, "original"))[0]
-            ours.append(stage.sheet(stage.carried_out(start, number, seed), number))
+            ours.append(exam.sheet(stage.carried_out(start, number, seed), number))
             oracle = stage.oracle(number, derive_seed(seed, "oracle"))[0]
-            theirs.append(stage.sheet(stage.reading(oracle), number))
+            theirs.append(exam.sheet(stage.reading(oracle), number))
             bar.update(index)
     found: Found = {}
     for part in ("forget", "retain", "validation"):

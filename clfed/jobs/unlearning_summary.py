@@ -13,7 +13,9 @@ from clfed.evaluation.evidence import MEASURES, attack_scores, floor
 from clfed.evaluation.forgetting import h_mean
 from clfed.jobs.further_evidence import further_evidence
 from clfed.jobs.run import Run
-from clfed.jobs.unlearning import Outcome, Stage, sequences
+from clfed.jobs.unlearning import Outcome, sequences
+from clfed.jobs.unlearning_exam import Examiner
+from clfed.jobs.unlearning_stage import Stage
 from clfed.learners import state
 from clfed.reporting import unlearning as figures
 from clfed.reporting.console import console
@@ -30,23 +32,24 @@ if TYPE_CHECKING:
 MOST_POINTS = 2000  # of each kind in a map of embeddings
 
 
-def report(cfg: DictConfig, run: Run, stage: Stage, outcomes: Sequence[Outcome]) -> None:
+def report(cfg: DictConfig, run: Run, exam: Examiner, outcomes: Sequence[Outcome]) -> None:
     """Write everything that a finished run leaves, and show its table.
 
     Args:
         cfg: The resolved configuration.
         run: The surroundings of the run.
-        stage: Data and models.
-        outcomes: What happened, see :meth:`clfed.jobs.unlearning.Stage.play`.
+        exam: Who asked the models.
+        outcomes: What happened, see :func:`clfed.jobs.unlearning.play`.
 
     Raises:
         RunFolderError: A file cannot be written.
     """
-    results = _results(cfg, run, stage, outcomes)
+    stage = exam.stage
+    results = _results(cfg, run, exam, outcomes)
     first = sequences(outcomes, len(stage.requests))[0]
     _certify(run, stage, first, results)
     with run.track.phase("figures", 1):
-        _draw(run, stage, first[-1], results)
+        _draw(run, exam, first[-1], results)
     for figure in sorted(run.folder.figures.glob("*.png")):
         run.metrics.figure(figure)
     for point in results["unlearning"]["trace"]:
@@ -63,8 +66,9 @@ def report(cfg: DictConfig, run: Run, stage: Stage, outcomes: Sequence[Outcome])
 
 
 def _results(
-    cfg: DictConfig, run: Run, stage: Stage, outcomes: Sequence[Outcome]
+    cfg: DictConfig, run: Run, exam: Examiner, outcomes: Sequence[Outcome]
 ) -> dict[str, Any]:
+    stage = exam.stage
     name = str(stage.settings.get("name"))
     paths = sequences(outcomes, len(stage.requests))
     first, last = paths[0], [path[-1] for path in paths]
@@ -107,26 +111,27 @@ def _results(
             "memory_bytes": stored["extra"] + stored["images"],
             "seconds": sum(outcome.report.seconds for outcome in first),
         },
-        "unlearning": _unlearning(cfg, stage, paths, last),
+        "unlearning": _unlearning(cfg, exam, paths, last),
     }
 
 
 def _unlearning(
     cfg: DictConfig,
-    stage: Stage,
+    exam: Examiner,
     paths: Sequence[Sequence[Outcome]],
     last: Sequence[Outcome],
 ) -> dict[str, Any]:
+    stage = exam.stage
     final, number = last[0], len(stage.requests) - 1
     originals = [o for o in last if o.unlearning_seed == final.unlearning_seed]
     unlearnings = [o for o in last if o.original_seed == final.original_seed]
     mean, spread = floor(
-        stage.oracle_sheets(number),
-        original=stage.before_of(final, number),
-        **stage.judging(number),
+        exam.oracle_sheets(number),
+        original=final.before,
+        **exam.judging(number),
     )
     with stage.track.phase("further evidence", 1):
-        further = further_evidence(cfg, stage, final, number)
+        further = further_evidence(cfg, exam, final, number)
     measures = {
         key: {
             "mean": statistics.fmean(o.evidence[key] for o in last),
@@ -135,7 +140,7 @@ def _unlearning(
         }
         for key in final.evidence
     }
-    before = [stage.evidence_before(o, number) for o in originals]
+    before = [exam.evidence(o.before, o.before, number) for o in originals]
     seconds = [sum(o.report.seconds for o in path) for path in paths]
     trained = [
         sum(stage.oracle(i, seed)[1] for i in range(len(stage.requests)))
@@ -213,9 +218,9 @@ def _certify(run: Run, stage: Stage, path: Sequence[Outcome], results: Mapping[s
         previous.append(certificate)
 
 
-def _draw(run: Run, stage: Stage, final: Outcome, results: Mapping[str, Any]) -> None:
-    number, folder = len(stage.requests) - 1, run.folder.figures
-    before, oracle = stage.before_of(final, number), stage.oracle_sheets(number)[0]
+def _draw(run: Run, exam: Examiner, final: Outcome, results: Mapping[str, Any]) -> None:
+    stage, folder = exam.stage, run.folder.figures
+    before, oracle = final.before, exam.oracle_sheets(len(stage.requests) - 1)[0]
     figures.accuracy_trace(results, folder / "accuracy.png")
     figures.attack_histograms(
         attack_scores(before, final.request.kind),

@@ -293,8 +293,9 @@ class Unlearner(L.LightningModule):
         return self.loss(batch)
 
     def adapts(self, batch: Batches) -> bool:
-        """Whether batch norm follows this batch; never where weights are masked."""
-        return self.mask_options is None and ("retain" in batch or "ood" in batch)
+        """Whether batch norm follows this batch; where weights are masked only if they say so."""
+        frozen = self.mask_options is not None and self.mask_options.get("freeze_norm", True)
+        return not frozen and ("retain" in batch or "ood" in batch)
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser of the student, with its schedule."""

@@ -52,11 +52,6 @@ class RandomLabel(Unlearner):
             labels.append(part.labels)
         return F.cross_entropy(self.logits(torch.cat(images)), torch.cat(labels))
 
-    def adapts(self, batch: Batches) -> bool:
-        """Whether batch norm follows this batch; with a mask only if that does not freeze it."""
-        frozen = self.mask_options is not None and self.mask_options.get("freeze_norm", True)
-        return not frozen and "retain" in batch
-
     def drawn_labels(self, labels: Tensor) -> Tensor:
         """Draw a label for each forget image, never a class that goes as a whole."""
         rng = self.rng("labels")

@@ -29,19 +29,25 @@ def of_classes(
     seed: int,
     original: Original,
     classes: Sequence[str | int] | str | int | None = None,
+    one_by_one: bool = False,
 ) -> list[Request]:
-    """Return one request for whole classes.
+    """Return one request for whole classes, or one for each of them.
 
     Args:
         holdings: The data.
         seed: Of the draw.
         original: Ignored.
         classes: Names; numbers become names. None: one class that has images, drawn by the seed.
+        one_by_one: Whether each class is a request of its own.
     """
     if classes is None:
         classes = holdings.train.classes[_drawn(holdings.train.labels, seed)]
-    names = (str(name) if type(name) is int else name for name in _several(classes))
-    return [Request("class", "class", classes=tuple(names))]
+    names = tuple(str(name) if type(name) is int else name for name in _several(classes))
+    if not one_by_one:
+        return [Request("class", "class", classes=names)]
+    return [
+        Request(f"class{number}", "class", classes=(name,)) for number, name in enumerate(names, 1)
+    ]
 
 
 def at_random(
