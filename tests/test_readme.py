@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from clfed import data, learners, strategies
+from clfed import data, learners, strategies, unlearning
 from clfed.cli import GROUPS
 from clfed.config import choices, compose
 from clfed.data.benchmark import Benchmark, ImageSet
 from clfed.errors import InvalidMessage
 from clfed.jobs.reconnaissance import run
+from clfed.jobs.unlearning import run as unlearn
 from clfed.learners.training import BaseTraining, train_base
 from clfed.prototypes import Contribution, PrototypeMemory
 
@@ -66,7 +67,8 @@ def examples(tmp_path, monkeypatch):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
-    for package, folder in ((learners, "clfed/learners"), (data, "clfed/data")):
+    for package in (learners, data, unlearning):
+        folder = package.__name__.replace(".", "/")
         monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path / folder)])
     paths = [*strategies.__path__, str(tmp_path / "strategies")]
     monkeypatch.setattr(strategies, "__path__", paths)
@@ -125,7 +127,7 @@ def test_every_python_block_of_a_program_runs():
 
 def test_examples_are_short():
     files = dict(NAMED.findall(README))
-    assert len(files) == 6 and all(len(text.splitlines()) <= 20 for text in files.values())
+    assert len(files) == 8 and all(len(text.splitlines()) <= 20 for text in files.values())
 
 
 def test_the_learner_trains(examples, tmp_path):
@@ -143,6 +145,16 @@ def test_the_learner_trains(examples, tmp_path):
     other = train_base(settings, benchmark, seed=1, cache=tmp_path / "cache")
     assert trained.summary.steps == 2
     assert trained.encoder.embedding_id != other.encoder.embedding_id
+
+
+def test_the_unlearner_forgets(examples, tmp_path):
+    places = [f"run_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}", "logger=none"]
+    small = ["learner.epochs=15", "job.oracles=1", "job.relearn=0"]
+    folder = unlearn(compose([examples, "job=unlearning", "unlearner=uniform", *small, *places]))
+    results = json.loads((folder / "results.json").read_text())
+    measures = results["unlearning"]["measures"]
+    assert measures["ua"]["mean"] > 0.9
+    assert measures["ra"]["mean"] > 0.9
 
 
 def test_the_data_set_and_the_strategy_run(examples, tmp_path):

@@ -156,6 +156,18 @@ def test_class_statistics_forget_exactly(tmp_path):
     assert set(touched) == {"class statistics"}
 
 
+def test_evidence_that_costs_trainings(tmp_path):
+    few = ["learner.epochs=3", "job.shadows=4", "job.klom=3", "forget=random"]
+    folder = run(tmp_path, *few, "unlearner=random_label", "unlearner.epochs=1")
+    found = read(folder / "results.json")["unlearning"]
+    attacks = {f"{attack}_{part}" for attack in ("lira", "u_lira") for part in ("auc", "tpr")}
+    divergences = {f"klom_{part}" for part in ("forget", "retain", "validation")}
+    assert attacks | divergences <= set(found["measures"]) & set(found["oracle"])
+    assert all(0 <= found["measures"][name]["mean"] <= 1 for name in attacks)
+    assert all(0 <= found["measures"][name]["mean"] <= 11.6 for name in divergences)
+    assert found["measures"]["challenge"]["mean"] >= 0
+
+
 REFUSED = {
     "unknown class": ["forget.classes=['nothing']"],
     "no such id": ["forget=samples", "forget.samples=[99999]"],
@@ -168,6 +180,8 @@ REFUSED = {
     "no learner": ["learner=none"],
     "a learner without a head": ["learner=ncm"],
     "no model": ["job.originals=0"],
+    "too few shadow models": ["job.shadows=3"],
+    "too few pairs of models": ["job.klom=2"],
     "no such key": ["+unlearner.colour=red"],
 }
 

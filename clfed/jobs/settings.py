@@ -50,9 +50,9 @@ def check_unlearning(cfg: DictConfig) -> None:
     for key in ("originals", "unlearnings", "oracles", "ood_images"):
         whole(cfg, f"job.{key}", least=1)
     whole(cfg, "job.relearn", least=0)
-    for key in ("shadows", "klom"):
+    for key, least in (("shadows", 4), ("klom", 3)):
         if cfg.job[key] is not None:
-            whole(cfg, f"job.{key}", least=2)
+            whole(cfg, f"job.{key}", least=least)
 
 
 def answering(cfg: DictConfig) -> tuple[str, dict[str, Any]]:

@@ -34,6 +34,8 @@ from clfed.unlearning.statistics import Statistics
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+FEW = 50  # images of each kind that are enough to see whether things fit
+
 
 class Stage:
     """Data, models and requests of one experiment, each made when it is first needed.
@@ -102,8 +104,10 @@ class Stage:
             ConfigError: They do not fit together.
         """
         learner = self.recipe.fresh(self.holdings.train.classes, self.cfg.seed)
-        for number in range(len(self.requests)):
-            around = self.context(learner, number, 0, None)
+        for number, gone in enumerate(self.gone):
+            stays = self.holdings.ids[~torch.isin(self.holdings.ids, torch.cat(self.gone))]
+            few = torch.cat([gone[:FEW], stays[:FEW]])
+            around = self.context(learner, number, 0, self.cfg.seed, only=few)
             made = self.unlearner(learner, 0)
             if not made.own_original:
                 made.bind(around.behind(made.needs))
@@ -195,7 +199,13 @@ class Stage:
         return cast(Unlearner, made)
 
     def context(
-        self, learner: ContinualLearner, number: int, seed: int, original: int | None
+        self,
+        learner: ContinualLearner,
+        number: int,
+        seed: int,
+        original: int,
+        *,
+        only: Tensor | None = None,
     ) -> Context:
         """Return what a request means for a model.
 
@@ -203,14 +213,16 @@ class Stage:
             learner: The model; data of earlier requests are gone already.
             number: Of the request.
             seed: Of the unlearning.
-            original: Seed of the model that the sequence began with; None: it is not trained.
+            original: Seed of the model that the sequence began with.
+            only: Ids of the training images to take; None: all that are still there.
         """
         before = torch.cat([self.holdings.ids[:0], *self.gone[:number]])
         there = ~torch.isin(self.holdings.ids, before)
+        if only is not None:
+            there &= torch.isin(self.holdings.ids, only)
         images, ids = self.holdings.train.subset(there), self.holdings.ids[there]
         statistics = None
-        trained = original is not None and learner.moments is not None
-        if trained and Need.CLASS_STATS in self.unlearner_class.needs:
+        if learner.moments is not None and Need.CLASS_STATS in self.unlearner_class.needs:
             names = self.holdings.contributors
             owners = [names[owner] for owner in self.holdings.owners[there].tolist()]
             statistics = Statistics.of(_counted(learner, images), images, ids, owners)
@@ -224,7 +236,7 @@ class Stage:
             validation=self.staying_classes(self.holdings.validation, number),
             statistics=statistics,
             train=self.recipe.train,
-            learner_seed=self.cfg.seed if original is None else original,
+            learner_seed=original,
             seed=seed,
         )
 
