@@ -75,9 +75,10 @@ def test_data_without_test_images_are_refused():
         load(benchmark=benchmark(test=False), seed=0)
 
 
-def test_more_images_than_there_are_is_refused():
-    with pytest.raises(NotEnoughData, match="asks for more than the 20 images"):
-        load(benchmark=benchmark(), seed=0, train_images=21)
+@pytest.mark.parametrize("key", ["train_images", "test_images"])
+def test_more_images_than_there_are_is_refused(key):
+    with pytest.raises(NotEnoughData, match=f"scenario.{key}=21 asks for more than the 20 images"):
+        load(benchmark=benchmark(), seed=0, **{key: 21})
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 4, 4), (3, 6, 6)])

@@ -110,7 +110,7 @@ class Stage:
             around = self.context(learner, number, 0, self.cfg.seed, only=few)
             made = self.unlearner(learner, 0)
             if not made.own_original:
-                made.bind(around.behind(made.needs))
+                made.check_request(around.behind(made.needs))
 
     def _requests(self) -> tuple[list[Request], list[Tensor]]:
         found = build(

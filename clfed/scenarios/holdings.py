@@ -73,13 +73,17 @@ def load(
             f"data={benchmark.name} has no test images of its own, which unlearning is judged by.",
             remedy="Choose glyphs, digits, mnist, fashion_mnist, cifar10, cifar100 or folder.",
         )
+    for key, most, part in (
+        ("train_images", train_images, benchmark.train),
+        ("test_images", test_images, benchmark.test),
+    ):
+        fewest = int(torch.bincount(part.labels, minlength=len(part.classes)).min())
+        if most is not None and fewest < most:
+            raise NotEnoughData(
+                f"scenario.{key}={most} asks for more than the {fewest} images that some class has."
+            )
     held, kept = [], []
     for number, rows in enumerate(benchmark.train.indices_by_class()):
-        if train_images is not None and len(rows) < train_images:
-            raise NotEnoughData(
-                f"scenario.train_images={train_images} asks for more than the {len(rows)} images "
-                f"of class {benchmark.train.classes[number]!r}."
-            )
         # The split is another one for each seed, so that its luck is part of the spread.
         order = torch.randperm(len(rows), generator=generator(seed, "holdings", number))
         chosen = rows[order[:train_images]]

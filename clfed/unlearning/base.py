@@ -6,11 +6,12 @@ should answer as if :math:`D_f` had never been there.
 
 Life of a request::
 
-    bind        the student is a copy of the original, the teacher a frozen one
-    prepare     statistics, masks, centroids, scores; no weight changes
-    loss        of one batch of the declared pools, or solve() once
-    should_stop after every pass (or step), where the method has a rule
-    finalize    outputs of classes that went are closed, statistics follow
+    check_request   refuse what cannot be served, before anything is trained
+    bind            the student is a copy of the original, the teacher a frozen one
+    prepare         statistics, masks, centroids, scores; no weight changes
+    loss            of one batch of the declared pools, or solve() once
+    should_stop     after every pass (or step), where the method has a rule
+    finalize        outputs of classes that went are closed, statistics follow
 """
 
 from __future__ import annotations
@@ -230,7 +231,27 @@ class Unlearner(L.LightningModule):
     # Life of a request ------------------------------------------------------------------------
 
     def bind(self, context: Context) -> None:
-        """Take a request: check that model and data fit, and make the schedule.
+        """Take a request, and make the schedule.
+
+        Raises:
+            ConfigError: As :meth:`check_request`.
+        """
+        self.check_request(context)
+        self.learner.requires_grad_(True)
+        self.learner.teacher.requires_grad_(False)
+        if self.schedule != "none":
+            self.batches = Schedule(
+                self.pools(context),
+                self.schedule,
+                batch_size=self.batch_size,
+                ratio=self.ratio,
+                seed=self.seed,
+            )
+
+    def check_request(self, context: Context) -> None:
+        """Refuse a model, data or a request that the method cannot serve; nothing is computed.
+
+        The model need not be trained yet.
 
         Raises:
             ConfigError: The model answers in a way that this method cannot change, or a declared
@@ -252,16 +273,6 @@ class Unlearner(L.LightningModule):
                 raise ConfigError(
                     f"unlearner={self.method or type(self).__name__} needs {what}, got none."
                 )
-        self.learner.requires_grad_(True)
-        self.learner.teacher.requires_grad_(False)
-        if self.schedule != "none":
-            self.batches = Schedule(
-                self.pools(context),
-                self.schedule,
-                batch_size=self.batch_size,
-                ratio=self.ratio,
-                seed=self.seed,
-            )
 
     def pools(self, context: Context) -> dict[str, Pool]:
         """Return the pools of the schedule by name: ``forget``, then its companion."""

@@ -84,9 +84,9 @@ class CMUCI(Unlearner):
         self.label_policy, self.frozen = labels, backbone == "frozen"
         self.concepts, self.bank, self.patch = concepts, bank, patch
 
-    def bind(self, context: Context) -> None:
-        """Take a request; only pictures have a region that can be poisoned."""
-        super().bind(context)
+    def check_request(self, context: Context) -> None:
+        """Refuse ready features where a region of a picture is to be poisoned."""
+        super().check_request(context)
         if self.concepts and context.retain.batch(torch.tensor([0])).images.dim() != 4:
             raise ConfigError(
                 "unlearner.concepts poisons a region of a picture, got ready features.",

@@ -46,7 +46,7 @@ class Exact(Unlearner):
     reads: ClassVar[str] = "memory"
     statistics: Statistics | None = None
 
-    def bind(self, context: Context) -> None:
+    def check_request(self, context: Context) -> None:
         """Refuse learners whose answers do not come from class statistics alone.
 
         Raises:
@@ -66,7 +66,7 @@ class Exact(Unlearner):
                 f"also uses {', '.join(learner.kept) or 'tables of its own'}.",
                 remedy="Choose learner=ncm or slda; for learner=ranpac also fix learner.penalty.",
             )
-        super().bind(context)
+        super().check_request(context)
 
     def prepare(self, context: Context) -> None:
         """Refuse statistics of another state of the learner.

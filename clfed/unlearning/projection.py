@@ -69,13 +69,13 @@ class Projection(Unlearner):
         super().__init__(learner, **options)
         self.centred = centred
 
-    def bind(self, context: Context) -> None:
-        """Take a request for classes, of a model whose statistics are of its embeddings.
+    def check_request(self, context: Context) -> None:
+        """Refuse what has no direction, and statistics of anything but the embeddings.
 
         Raises:
             ConfigError: Another kind of request, no statistics, or statistics of something else.
         """
-        super().bind(context)
+        super().check_request(context)
         if context.request.kind != "class":
             raise ConfigError(
                 "unlearner=projection removes the direction of a class from an embedding, and a "

@@ -110,11 +110,11 @@ class Scar(Alignment):
         self.root, self.divergence, self.keep_weight = root, divergence, keep_weight
         self.temperature, self.gate = temperature, gate
 
-    def bind(self, context: Context) -> None:
-        """Take a request.
+    def check_request(self, context: Context) -> None:
+        """Refuse a model without class statistics of plain embeddings.
 
         Raises:
-            ConfigError: There are no class statistics of plain embeddings.
+            ConfigError: It has none.
         """
         if context.statistics is None or self.learner.feature_map is not None:
             raise ConfigError(
@@ -123,7 +123,7 @@ class Scar(Alignment):
                 remedy="Train the original with learner.moments=none (sums alone), shared or "
                 "class, and without learner.feature_map.",
             )
-        super().bind(context)
+        super().check_request(context)
 
     def pools(self, context: Context) -> dict[str, Pool]:
         """Return what goes, and other images that stand in for what stays."""

@@ -24,11 +24,11 @@ class ScarSelf(Scar):
 
     needs: ClassVar[Need] = Need.OOD_X | Need.CLASS_STATS
 
-    def bind(self, context: Context) -> None:
-        """Take a request of classes.
+    def check_request(self, context: Context) -> None:
+        """Refuse anything but a request of classes.
 
         Raises:
-            ConfigError: Something else is to be forgotten, or no other image looks like it.
+            ConfigError: Something else is to be forgotten.
         """
         if context.request.kind != "class":
             raise ConfigError(
@@ -36,7 +36,7 @@ class ScarSelf(Scar):
                 f"to forget a {context.request.kind}.",
                 remedy="Choose unlearner=scar, which looks at the samples themselves.",
             )
-        super().bind(context)
+        super().check_request(context)
 
     def going(self, context: Context, seen: Tensor) -> Pool:
         """Return the other images that the original takes for the class, with that as label."""

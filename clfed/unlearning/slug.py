@@ -96,9 +96,9 @@ class Slug(Unlearner):
             )
         self.epsilon, self.evaluations, self.probe = epsilon, evaluations, probe
 
-    def bind(self, context: Context) -> None:
-        """Take a request; samples can only be compared with images that were held out."""
-        super().bind(context)
+    def check_request(self, context: Context) -> None:
+        """Refuse samples where no images were held out to compare them with."""
+        super().check_request(context)
         if context.request.kind != "class" and not len(context.validation):
             raise ConfigError(
                 f"unlearner=slug forgets a {context.request.kind} until it is known no better "
