@@ -80,12 +80,13 @@ def _likelihood_ratios(models: int, stage: Stage, final: Outcome, number: int) -
     members = np.arange(asked) < len(parts[0])
     seed = derive_seed(stage.cfg.seed, "shadows")
     target = _margins(final.after, images)[:asked]
-    oracle = _margins(stage.oracle(number, stage.seeds["oracle"][0])[0], images)[:asked]
+    never = stage.reading(stage.oracle(number, stage.seeds["oracle"][0])[0])
+    oracle = _margins(never, images)[:asked]
     found: Found = {}
     for name, attack, unlearns in (("lira", lira, False), ("u_lira", u_lira, True)):
         with stage.track.phase(f"shadow models, {name}", models) as bar:
             shadows = shadow_margins(
-                stage.recipe.train,
+                stage.trained,
                 images,
                 models,
                 seed,

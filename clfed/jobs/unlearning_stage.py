@@ -248,6 +248,12 @@ class Stage:
         reader.classifier = {"name": "ncm"}
         return reader
 
+    def trained(
+        self, images: ImageSet, seed: int, *, start: ContinualLearner | None = None
+    ) -> ContinualLearner:
+        """Return a model of the recipe that answers the way the unlearner's result does."""
+        return self.reading(self.recipe.train(images, seed, start=start))
+
     def part(self, ids: Tensor) -> ImageSet:
         """Return the training images of some ids."""
         return self.holdings.train.subset(torch.isin(self.holdings.ids, ids))
