@@ -97,8 +97,9 @@ def _results(
                 "step": number + 1,
                 "classes": len(outcome.after.classes) - len(outcome.after.retired),
                 "accuracy": {
-                    part: 1 - outcome.evidence["ua"] if part == "forget" else outcome.evidence[key]
-                    for part, key in (("forget", "ua"), ("retain", "ra"), ("test", "ta"))
+                    "forget": 1 - outcome.evidence["ua"],
+                    "retain": outcome.evidence["ra"],
+                    "test": outcome.evidence["ta"],
                 },
                 "bytes": {"up": 0, "down": 0},
                 "seconds": outcome.report.seconds,

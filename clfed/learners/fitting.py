@@ -68,7 +68,7 @@ def train(
     run: Callable[..., torch.optim.Optimizer] = _fast if options.loop == "fast" else _lightning
     optimiser = run(learner, batches, options, callbacks)
     learner.optimiser_state = {} if experience.announced else pack(optimiser, learner)
-    _check_finite(learner)
+    check_finite(learner, "training", "Choose a smaller learner.lr, or set learner.clip.")
 
 
 def _lightning(
@@ -77,11 +77,35 @@ def _lightning(
     options: TrainerOptions,
     callbacks: Sequence[L.Callback],
 ) -> torch.optim.Optimizer:
+    trainer = fit(learner, batches, options, callbacks, max_steps=learner.length)
+    optimiser: torch.optim.Optimizer = trainer.optimizers[0]
+    return optimiser
+
+
+def fit(
+    module: L.LightningModule,
+    batches: IterableDataset[Any],
+    options: TrainerOptions,
+    callbacks: Sequence[L.Callback],
+    *,
+    max_steps: int = -1,
+    max_epochs: int = -1,
+) -> L.Trainer:
+    """Train a module with Lightning and nothing around it, and return who trained it.
+
+    Args:
+        module: Trained in place.
+        batches: Whole batches.
+        options: Accelerator and precision.
+        callbacks: Lightning callbacks.
+        max_steps: Steps of the optimiser; -1: as many as the passes hold.
+        max_epochs: Passes; -1: as many as the steps take.
+    """
     with quiet():
         # A new Trainer each time: a used one trains nothing.
         trainer = L.Trainer(
-            max_steps=learner.length,
-            max_epochs=-1,
+            max_steps=max_steps,
+            max_epochs=max_epochs,
             accelerator=options.accelerator,
             devices=1,
             precision="bf16-mixed" if options.resolved_precision() != "32" else "32-true",
@@ -94,9 +118,8 @@ def _lightning(
             limit_val_batches=0,
         )
         # No DataLoader: the batches are whole already, and it would draw from the ambient state.
-        trainer.fit(learner, batches)
-    optimiser: torch.optim.Optimizer = trainer.optimizers[0]
-    return optimiser
+        trainer.fit(module, batches)
+    return trainer
 
 
 def _fast(
@@ -129,9 +152,18 @@ def _fast(
     return optimiser
 
 
-def _check_finite(learner: ContinualLearner) -> None:
+def check_finite(learner: ContinualLearner, what: str, remedy: str) -> None:
+    """Refuse weights that are no numbers any more.
+
+    Args:
+        learner: Whose weights.
+        what: What was done to them.
+        remedy: What to do about it.
+
+    Raises:
+        InvalidEmbedding: There are such.
+    """
     if not all(bool(torch.isfinite(weights).all()) for weights in learner.parameters()):
         raise InvalidEmbedding(
-            "The training diverged: weights are no longer finite numbers.",
-            remedy="Choose a smaller learner.lr, or set learner.clip.",
+            f"The {what} diverged: weights are no longer finite numbers.", remedy=remedy
         )

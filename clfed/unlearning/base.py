@@ -342,12 +342,6 @@ def named_weights(learner: ContinualLearner) -> dict[str, nn.Parameter]:
     }
 
 
-def soft_labels(classes: int, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Return one-hot rows ``(B, classes)``, a share of which is spread evenly over all classes."""
-    hard = F.one_hot(labels, classes).float()
-    return (1 - smoothing) * hard + smoothing / classes
-
-
 def other_labels(labels: Tensor, allowed: Tensor | Sequence[int], rng: torch.Generator) -> Tensor:
     """Draw for each label another one, uniformly among the allowed ones.
 

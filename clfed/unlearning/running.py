@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L  # noqa: N812
-import torch
 
-from clfed.errors import InvalidEmbedding
 from clfed.learners import state
 from clfed.learners.base import ContinualLearner
+from clfed.learners.fitting import check_finite, fit
 from clfed.learners.options import TrainerOptions
-from clfed.learners.surroundings import brisk, quiet, threads
+from clfed.learners.surroundings import brisk, threads
 from clfed.unlearning.base import Unlearner
 from clfed.unlearning.context import Context
 from clfed.unlearning.masks import Saliency, SoftThreshold
@@ -81,7 +80,8 @@ def forget(
                 if isinstance(mask, Saliency):
                     mask.restore(unlearner)
             unlearner.finalize(seen)
-            _check_finite(unlearner.learner)
+            remedy = "Choose a smaller unlearner.lr, or fewer unlearner.epochs."
+            check_finite(unlearner.learner, "unlearning", remedy)
     # Of what was trained here nothing but the weights goes on.
     unlearner.learner.zero_grad(set_to_none=True)
     model = unlearner.learner.eval()
@@ -114,28 +114,5 @@ def _masks(unlearner: Unlearner, context: Context) -> list[L.Callback]:
 
 
 def _train(unlearner: Unlearner, options: TrainerOptions, callbacks: Sequence[L.Callback]) -> None:
-    if unlearner.batches is None or not unlearner.epochs or not unlearner.batches.steps:
-        return
-    with quiet():
-        trainer = L.Trainer(
-            max_epochs=unlearner.epochs,
-            accelerator=options.accelerator,
-            devices=1,
-            precision="bf16-mixed" if options.resolved_precision() != "32" else "32-true",
-            callbacks=list(callbacks),
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            limit_val_batches=0,
-        )
-        trainer.fit(unlearner, unlearner.batches)
-
-
-def _check_finite(learner: ContinualLearner) -> None:
-    if not all(bool(torch.isfinite(weights).all()) for weights in learner.parameters()):
-        raise InvalidEmbedding(
-            "The unlearning diverged: weights are no longer finite numbers.",
-            remedy="Choose a smaller unlearner.lr, or fewer unlearner.epochs.",
-        )
+    if unlearner.batches is not None and unlearner.epochs and unlearner.batches.steps:
+        fit(unlearner, unlearner.batches, options, callbacks, max_epochs=unlearner.epochs)
