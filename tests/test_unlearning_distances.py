@@ -17,9 +17,10 @@ from clfed.learners.naive import Naive
 from clfed.learners.options import TrainerOptions
 from clfed.scenarios.streams import Experience
 from clfed.unlearning import Request, forget, make_context
-from clfed.unlearning.alignment import ById, nearest_other
+from clfed.unlearning.alignment import nearest_other
 from clfed.unlearning.duck import Duck, centroids
 from clfed.unlearning.laf import Laf, LafRepair, alignment_loss, away, bounded
+from clfed.unlearning.pools import ById
 from clfed.unlearning.scar import Scar, distributions, evenly, lowered
 from clfed.unlearning.scar_self import ScarSelf
 from clfed.unlearning.statistics import Statistics

@@ -18,7 +18,7 @@ from clfed.errors import ConfigError
 from clfed.learners.base import ContinualLearner
 from clfed.unlearning.base import Unlearner
 from clfed.unlearning.context import Context
-from clfed.unlearning.pools import Batch, Pool
+from clfed.unlearning.pools import Batch, ById, Pool
 from clfed.unlearning.schedules import Batches
 
 CHECKS = ("pass", "step")
@@ -70,7 +70,7 @@ class Alignment(Unlearner):
                 f"earliest >= 0, got {forget_weight}, {class_stop}, {margin} and {earliest}."
             )
         self.forget_weight, self.class_stop, self.margin = forget_weight, class_stop, margin
-        self.check, self.earliest = check, earliest
+        self.stops_after, self.earliest = check, earliest
         #: Rows of the classes that the columns of :meth:`distances` stand for, ``(C,)`` int64.
         self.rows = torch.empty(0, dtype=torch.int64)
 
@@ -128,31 +128,6 @@ class Alignment(Unlearner):
         """Whether the images that go are recognised no more than the threshold says."""
         assert self.batches is not None
         return self.batches.passes > self.earliest and self.recognised() < self.threshold
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Ask the rule after a step, where it is to be asked so often."""
-        if self.check == "step" and self.should_stop(self.context):
-            self.trainer.should_stop = True
-
-
-class ById:
-    """Rows of a table, found by sample id.
-
-    Args:
-        ids: ``(N,)`` int64, in any order.
-        values: ``(N, ...)``.
-
-    Example:
-        >>> ById(torch.tensor([7, 3]), torch.tensor([70, 30]))[torch.tensor([3, 7, 3])].tolist()
-        [30, 70, 30]
-    """
-
-    def __init__(self, ids: Tensor, values: Tensor) -> None:
-        self._ids, order = ids.sort()
-        self._values = values[order]
-
-    def __getitem__(self, ids: Tensor) -> Tensor:
-        return self._values[torch.searchsorted(self._ids, ids.cpu())].to(ids.device)
 
 
 def nearest_other(distances: Tensor, rows: Tensor, labels: Tensor) -> Tensor:

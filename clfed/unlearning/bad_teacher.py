@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from clfed.learners.losses import soft_divergence
-from clfed.unlearning.alignment import ById
 from clfed.unlearning.base import Unlearner
 from clfed.unlearning.context import Context
 from clfed.unlearning.distillation import stranger
 from clfed.unlearning.needs import Need
+from clfed.unlearning.pools import ById
 from clfed.unlearning.schedules import Batches
 
 

@@ -74,6 +74,8 @@ class Unlearner(L.LightningModule):
     scope: str = "outputs, approximately"
     #: Who answers afterwards: the ``head``, or the ``memory`` of class statistics.
     reads: ClassVar[str] = "head"
+    #: When :meth:`should_stop` is asked: after each ``pass`` or each ``step``.
+    stops_after: str = "pass"
     #: Whether the original must be of the method's own making, see :meth:`original`.
     own_original: ClassVar[bool] = False
 
@@ -142,7 +144,7 @@ class Unlearner(L.LightningModule):
         raise NotImplementedError(f"{type(self).__name__} has no closed form.")
 
     def should_stop(self, context: Context) -> bool:
-        """Whether to stop after this pass."""
+        """Whether to stop now."""
         return False
 
     def finalize(self, context: Context) -> None:

@@ -36,6 +36,7 @@ from clfed.unlearning.base import Unlearner, other_labels
 from clfed.unlearning.concepts import ConceptBank, integrated_gradients, sparse_classifier
 from clfed.unlearning.context import Context
 from clfed.unlearning.needs import Need
+from clfed.unlearning.pools import ById
 from clfed.unlearning.schedules import Batches
 
 LABELS = ("random", "targeted")
@@ -104,13 +105,11 @@ class CMUCI(Unlearner):
             images, shared = self.poisoned(context, targets)
             if whole and self.label_policy == "targeted":
                 targets = shared
-        order = forget.ids.argsort()
-        self.ids, self.targets, self.images = forget.ids[order], targets[order], images[order]
+        self.targets, self.images = ById(forget.ids, targets), ById(forget.ids, images)
         if self.frozen:
             both = torch.cat([forget.ids, retain.ids])
             embeddings = self.learner.embed_all(torch.cat([images, retain.images]))
-            order = both.argsort()
-            self.all_ids, self.embeddings = both[order], embeddings[order]
+            self.embeddings = ById(both, embeddings)
 
     def wrong_labels(self, images: Tensor, labels: Tensor, allowed: Tensor) -> Tensor:
         """Return a label for each image, ``(B,)``, that is allowed and not its own."""
@@ -128,13 +127,11 @@ class CMUCI(Unlearner):
         for name, part in batch.items():
             images, answers = part.images, part.labels
             if name == "forget":
-                rows = torch.searchsorted(self.ids, part.ids)
-                images, answers = self.images[rows], self.targets[rows]
+                images, answers = self.images[part.ids], self.targets[part.ids]
             assert answers is not None
             labels.append(answers)
             if self.frozen:
-                found = self.embeddings[torch.searchsorted(self.all_ids, part.ids)]
-                logits.append(self.outputs(found))
+                logits.append(self.outputs(self.embeddings[part.ids]))
             else:
                 logits.append(self.logits(images))
         return F.cross_entropy(torch.cat(logits), torch.cat(labels))

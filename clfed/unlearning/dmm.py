@@ -42,7 +42,7 @@ from clfed.unlearning.attribution import Attribution, scale
 from clfed.unlearning.base import Unlearner, named_weights
 from clfed.unlearning.context import Context
 from clfed.unlearning.needs import Need
-from clfed.unlearning.pools import Pool
+from clfed.unlearning.pools import ById, Pool
 from clfed.unlearning.schedules import Batches
 
 
@@ -111,8 +111,7 @@ class DMM(Unlearner):
         self.attribute(context)
         ids = torch.cat([context.forget.ids, sample.ids])
         targets = self.predicted(torch.cat([context.forget.images, sample.images]))
-        order = ids.argsort()
-        self.ids, self.targets = ids[order], targets[order].float()
+        self.targets = ById(ids, targets.float())
 
     def attribute(self, context: Context) -> None:
         """Solve the two ridge regressions."""
@@ -155,7 +154,7 @@ class DMM(Unlearner):
         images = torch.cat([part.images for part in batch.values()])
         ids = torch.cat([part.ids for part in batch.values()])
         # Batches come in an order of their own: targets are found by the ids of the samples.
-        loss = F.mse_loss(self.logits(images), self.targets[torch.searchsorted(self.ids, ids)])
+        loss = F.mse_loss(self.logits(images), self.targets[ids])
         if self.anchor:
             old = named_weights(self.teacher)
             moved = [(w - old[n]).square().sum() for n, w in named_weights(self.learner).items()]

@@ -155,3 +155,23 @@ class Pool:
 def pool_of(images: Tensor, labels: Tensor | None = None, ids: Tensor | None = None) -> Pool:
     """Return an unguarded pool; ids count from 0 where none are given."""
     return Pool(images, labels, torch.arange(len(images)) if ids is None else ids)
+
+
+class ById:
+    """Rows of a table, found by sample id.
+
+    Args:
+        ids: ``(N,)`` int64, in any order.
+        values: ``(N, ...)``.
+
+    Example:
+        >>> ById(torch.tensor([7, 3]), torch.tensor([70, 30]))[torch.tensor([3, 7, 3])].tolist()
+        [30, 70, 30]
+    """
+
+    def __init__(self, ids: Tensor, values: Tensor) -> None:
+        self._ids, order = ids.sort()
+        self._values = values[order]
+
+    def __getitem__(self, ids: Tensor) -> Tensor:
+        return self._values[torch.searchsorted(self._ids, ids.cpu())].to(ids.device)

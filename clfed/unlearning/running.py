@@ -20,7 +20,7 @@ from clfed.unlearning.report import Report
 
 
 class StopRule(L.Callback):
-    """Ends the training once the method says so, after each pass.
+    """Ends the training once the method says so.
 
     Args:
         context: Behind the method's guard.
@@ -33,8 +33,19 @@ class StopRule(L.Callback):
         self.context, self.fired = context, False
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Ask the method."""
-        if pl_module.should_stop(self.context):
+        """Ask the method after a pass, unless it said so already."""
+        self.ask(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ask the method after a step, where it is to be asked so often."""
+        if pl_module.stops_after == "step":
+            self.ask(trainer, pl_module)
+
+    def ask(self, trainer: Any, unlearner: Unlearner) -> None:
+        """Stop where the method says so, once."""
+        if not self.fired and unlearner.should_stop(self.context):
             self.fired, trainer.should_stop = True, True
 
 

@@ -22,11 +22,11 @@ from torch.nn import functional as F  # noqa: N812
 from clfed.errors import ConfigError
 from clfed.learners.base import ContinualLearner
 from clfed.learners.losses import soft_divergence
-from clfed.unlearning.alignment import ById
 from clfed.unlearning.base import Unlearner
 from clfed.unlearning.context import Context
 from clfed.unlearning.distillation import closed, stranger
 from clfed.unlearning.needs import Need
+from clfed.unlearning.pools import ById
 from clfed.unlearning.schedules import Batches
 
 
