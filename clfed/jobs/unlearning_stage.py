@@ -170,28 +170,21 @@ class Stage:
             stays: ``(N,)`` int64 positions.
             number: Of the request that stands for what is asked.
         """
-        ids = torch.cat([gone, stays])
         samples = Request("shadow", "sample", samples=tuple(gone.tolist()))
         request = self.requests[number] if self.requests[number].kind == "class" else samples
-        mine = images.subset(ids)
-        statistics = None
-        if Need.CLASS_STATS in self.unlearner_class.needs and model.moments is not None:
-            statistics = Statistics.of(_counted(model, mine), mine, ids, ["shadow"] * len(ids))
-        seed = derive_seed(model.seed, "unlearning")
-        around = make_context(
+        ids = torch.cat([gone, stays])
+        around = self._around(
             request,
             model,
-            mine,
+            images.subset(ids),
             ids,
+            owners=["shadow"] * len(ids),
             gone=gone,
-            ood=self.ood,
-            validation=self.staying_classes(self.holdings.validation, number),
-            statistics=statistics,
-            train=self.recipe.train,
+            number=number,
             learner_seed=model.seed,
-            seed=seed,
+            seed=derive_seed(model.seed, "unlearning"),
         )
-        return forget(self.unlearner(model, seed), around, self.recipe.parts.trainer)[0]
+        return forget(self.unlearner(model, around.seed), around, self.recipe.parts.trainer)[0]
 
     def unlearner(self, learner: ContinualLearner, seed: int) -> Unlearner:
         """Return the unlearner with a copy of a model."""
@@ -220,23 +213,46 @@ class Stage:
         there = ~torch.isin(self.holdings.ids, before)
         if only is not None:
             there &= torch.isin(self.holdings.ids, only)
-        images, ids = self.holdings.train.subset(there), self.holdings.ids[there]
+        names = self.holdings.contributors
+        return self._around(
+            self.requests[number],
+            learner,
+            self.holdings.train.subset(there),
+            self.holdings.ids[there],
+            owners=[names[owner] for owner in self.holdings.owners[there].tolist()],
+            gone=self.gone[number],
+            number=number,
+            learner_seed=original,
+            seed=seed,
+        )
+
+    def _around(
+        self,
+        request: Request,
+        learner: ContinualLearner,
+        images: ImageSet,
+        ids: Tensor,
+        *,
+        owners: list[str],
+        gone: Tensor,
+        number: int,
+        learner_seed: int,
+        seed: int,
+    ) -> Context:
         statistics = None
         if learner.moments is not None and Need.CLASS_STATS in self.unlearner_class.needs:
-            names = self.holdings.contributors
-            owners = [names[owner] for owner in self.holdings.owners[there].tolist()]
             statistics = Statistics.of(_counted(learner, images), images, ids, owners)
         return make_context(
-            self.requests[number],
+            request,
             learner,
             images,
             ids,
-            gone=self.gone[number],
+            gone=gone,
             ood=self.ood,
             validation=self.staying_classes(self.holdings.validation, number),
             statistics=statistics,
             train=self.recipe.train,
-            learner_seed=original,
+            learner_seed=learner_seed,
             seed=seed,
         )
 
