@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import signal
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
 from clfed import __version__
@@ -28,8 +31,11 @@ GROUPS = {
     "logger": "where metrics go beside metrics.csv",
 }
 
+COMMANDS = ("create", "invite", "serve", "join", "status", "predict")
+
 USAGE = """\
 usage: clfed [GROUP=CHOICE ...] [KEY=VALUE ...] [-m]
+       clfed COMMAND ...
 
   clfed                                        the main job on embedded data, no network needed
   clfed experiment=omniglot600 data.root=DIR   a published set-up
@@ -44,6 +50,9 @@ Frequent keys: seed=0 run_dir=DIR cache_dir=DIR smoke=true merge=legacy_double_s
 def main() -> None:
     """Run the command line and exit with 0, an error's own code, or 130 after an interrupt."""
     arguments = sys.argv[1:]
+    if arguments and arguments[0] in COMMANDS:
+        command(arguments[0], arguments[1:])
+        return
     if {"-h", "--help"} & set(arguments):
         sys.stdout.write(help_text())
         return
@@ -54,9 +63,7 @@ def main() -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    # Threads that spin at every barrier make a shared machine several times slower; this counts
-    # only before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    be_considerate()
     # Hydra would print its own shortened traceback and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     failures: list[ClfedError] = []
@@ -82,6 +89,32 @@ def main() -> None:
         sys.exit(130)
     if failures:
         fail(failures)
+
+
+def command(name: str, arguments: list[str]) -> None:
+    """Run one of the commands for real nodes, and exit as :func:`main` does."""
+    module = import_module(f"clfed.commands.{name}")
+    parser = argparse.ArgumentParser(prog=f"clfed {name}", description=module.__doc__)
+    module.add_arguments(parser)
+    parsed = parser.parse_args(arguments)
+    be_considerate()
+    # So that an end asked for by the system cleans up as one from the keyboard does.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        module.run(parsed)
+    except ClfedError as error:
+        fail([error])
+    except KeyboardInterrupt:
+        sys.stderr.write("clfed: interrupted\n")
+        sys.exit(130)
+
+
+def be_considerate() -> None:
+    """Choose threads that sleep: spinning ones make a shared machine several times slower.
+
+    This counts only before torch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def run(cfg: DictConfig) -> None:
@@ -113,8 +146,14 @@ def fail(errors: list[ClfedError]) -> NoReturn:
 
 def help_text() -> str:
     """Return usage and every group's choices with a sentence each."""
-    parts = [USAGE]
+    rows = [f"  {name:<22}{_sentence(name)}" for name in COMMANDS]
+    told = "COMMAND: real nodes on separate machines; clfed COMMAND --help says more\n"
+    parts = [USAGE, told + "\n".join(rows) + "\n"]
     for group, meaning in GROUPS.items():
         rows = [f"  {name:<22}{sentence}".rstrip() for name, sentence in choices(group)]
         parts.append(f"{group}: {meaning}\n" + "\n".join(rows) + "\n")
     return "\n".join(parts)
+
+
+def _sentence(name: str) -> str:
+    return str(import_module(f"clfed.commands.{name}").SENTENCE)

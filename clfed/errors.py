@@ -105,6 +105,48 @@ class FederationError(ClfedError):
     remedy = "Look at log.txt in the run folder for the node that failed."
 
 
+class Unreachable(ClfedError):
+    """No server answers at the address within the wait."""
+
+    code = 41
+    remedy = "Check that clfed serve runs there, the address, and that no firewall closes the port."
+
+
+class UntrustedServer(ClfedError):
+    """The server's certificate is not one of this federation, or not for this address."""
+
+    code = 42
+    remedy = "Check the address; if it is right, ask the operator for a new invitation."
+
+
+class ExpiredCertificate(ClfedError):
+    """A certificate has expired, or is not yet valid by this machine's clock."""
+
+    code = 43
+    remedy = "Set this machine's clock; if it is right, the operator has to renew the certificate."
+
+
+class UnknownNode(ClfedError):
+    """The server does not know this node's key: it was revoked or never invited."""
+
+    code = 44
+    remedy = "Ask the operator for a new invitation: clfed invite DIR NAME."
+
+
+class VersionMismatch(ClfedError):
+    """Another version of clfed is at the other end, or wrote the file."""
+
+    code = 45
+    remedy = "Install the same version of clfed on the server and on all nodes."
+
+
+class KeyInUse(ClfedError):
+    """Another machine is connected with this node's key."""
+
+    code = 46
+    remedy = "Stop the other machine, or invite this one under a name of its own."
+
+
 class RunFolderError(ClfedError):
     """The run folder cannot be used or its results break the schema."""
 
@@ -131,3 +173,18 @@ class CertificateError(ClfedError):
 
     code = 62
     remedy = "Keep the certificate together with the files of its run, unchanged."
+
+
+def by_code(code: int) -> type[ClfedError]:
+    """Return the error with an exit code, such as one that another process noted.
+
+    Example:
+        >>> by_code(41).__name__
+        'Unreachable'
+    """
+    kinds = [ClfedError]
+    for kind in kinds:
+        if kind.code == code:
+            return kind
+        kinds += kind.__subclasses__()
+    raise ValueError(f"expected the code of an error, got {code}")

@@ -9,6 +9,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from clfed import __version__
 from clfed.errors import FederationError
 from clfed.federated.grid import wait_for_nodes
 
@@ -40,8 +41,22 @@ class TrainOnly(Strategy):
         return ids
 
     def head(self, server_round: int, config: ConfigRecord, **entries: Any) -> ConfigRecord:
-        """Return the record ``round`` of a request: its number, the session and these entries."""
-        return ConfigRecord({**config, "round": server_round, "session": self.session, **entries})
+        """Return the record ``round`` of a request.
+
+        Args:
+            server_round: Its number.
+            config: What the caller of the strategy adds.
+            entries: What the strategy adds.
+        """
+        return ConfigRecord(
+            {
+                **config,
+                "round": server_round,
+                "session": self.session,
+                "clfed": __version__,
+                **entries,
+            }
+        )
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

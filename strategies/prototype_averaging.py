@@ -14,14 +14,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from clfed.errors import ClfedError, ConfigError, InvalidMessage
-from clfed.federated.records import arrays, config, text
-from clfed.federated.wire import decode_contribution, encode_memory
+from clfed.federated.intake import Intake, Limits, take_in
+from clfed.federated.node import digest
+from clfed.federated.wire import encode_memory
 from clfed.prototypes import MERGES, Contribution, ContributorLedger, PrototypeMemory
 from clfed.prototypes.contribution import DEFAULT_CAP
 from clfed.strategies.base import TrainOnly
@@ -49,11 +51,11 @@ class RoundSummary:
 class PrototypeAveraging(TrainOnly):
     """Merges the class statistics of all nodes; the order of replies never matters.
 
-    A request holds ``memory`` (the merged table), ``round`` (its number, the session and the
-    version acknowledged for this node) and, for a node that has none yet, the records of the
-    briefing. A reply holds ``status`` (contributor) and ``rows`` (a contribution), or asks for the
-    briefing. Training and evaluation share this one message, so nothing is configured for
-    evaluation.
+    A request holds ``round`` (its number, the session, what is acknowledged of this node: version
+    and digest of its rows), ``memory`` (the merged table) where the node does not have it yet,
+    and, for a node that has none yet, the records of the briefing. A reply holds ``status``
+    (contributor) and ``rows`` (a contribution), or asks for the briefing. Training and evaluation
+    share this one message, so nothing is configured for evaluation.
 
     Args:
         empty: The empty memory that fixes embedding, dimension and kept moments.
@@ -61,6 +63,7 @@ class PrototypeAveraging(TrainOnly):
         initial: A contribution that is there before the first round, e.g. of base classes.
         briefing: Records that a node needs once, e.g. settings and encoder.
         cap: Largest number of examples of one class that a node may claim.
+        limits: What one message may hold at most.
         options: Of :class:`~clfed.strategies.base.TrainOnly`.
     """
 
@@ -72,12 +75,14 @@ class PrototypeAveraging(TrainOnly):
         initial: Contribution | None = None,
         briefing: Mapping[str, ArrayRecord | ConfigRecord] | None = None,
         cap: int = DEFAULT_CAP,
+        limits: Limits | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         if merge not in MERGES:
             raise ConfigError(f"merge must be one of {', '.join(MERGES)}, got {merge!r}.")
         self.ledger = ContributorLedger(empty.dim, empty.embedding_id, empty.moments, cap=cap)
+        self.limits = limits or Limits()
         self._reserved = None if initial is None else initial.contributor
         if initial is not None:
             self.ledger.receive(initial)
@@ -107,55 +112,60 @@ class PrototypeAveraging(TrainOnly):
         Raises:
             FederationError: No node came within the waiting time.
         """
-        messages = []
         ids = self.connected(grid)
         self._asked = set(ids)
-        for node in ids:
-            contributor = self._contributor.get(node)
-            acknowledged = 0 if contributor is None else self.ledger.version_of(contributor)
-            head = self.head(server_round, config, acknowledged=acknowledged)
-            content = RecordDict({"memory": arrays, "round": head})
-            if node not in self._briefed:
-                content.update(self._briefing)
-            messages.append(Message(content, dst_node_id=node, message_type=MessageType.TRAIN))
-        return messages
+        head = self.head(server_round, config)
+        return [self.request(node, arrays, head) for node in ids]
+
+    def request(self, node: int, arrays: ArrayRecord | None, head: ConfigRecord) -> Message:
+        """Return the message that asks one node for what is new.
+
+        Args:
+            node: Its id.
+            arrays: The merged memory; None where the node has it.
+            head: What :meth:`~clfed.strategies.base.TrainOnly.head` made for the round.
+        """
+        contributor = self._contributor.get(node, "")
+        entries = ConfigRecord(
+            {
+                **head,
+                "acknowledged": self.ledger.version_of(contributor),
+                "held": digest(self.ledger.share(contributor)),
+            }
+        )
+        content = RecordDict({"round": entries})
+        if arrays is not None:
+            content["memory"] = arrays
+        if node not in self._briefed:
+            content.update(self._briefing)
+        return Message(content, dst_node_id=node, message_type=MessageType.TRAIN)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Take every acceptable contribution into the ledger; what is refused changes nothing."""
-        arrived: dict[str, Contribution] = {}
-        refused: dict[str, str] = {}
-        unbriefed: list[int] = []
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            if reply.has_error():
-                refused[f"node id {node}"] = str(reply.error.reason)
-                continue
-            try:
-                contribution = self._read(node, reply.content, unbriefed)
-                if contribution is not None:
-                    if contribution.contributor in arrived:
-                        raise InvalidMessage(
-                            f"Two nodes call themselves {contribution.contributor!r}."
-                        )
-                    arrived[contribution.contributor] = contribution
-            except InvalidMessage as error:
-                refused[f"node id {node}"] = str(error)
         deltas: dict[str, PrototypeMemory] = {}
         stale: dict[str, int] = {}
-        for name in sorted(arrived):
+        refused: dict[str, str] = {}
+        unbriefed: list[int] = []
+        replies = list(replies)
+        self._asked.update(reply.metadata.src_node_id for reply in replies)
+        for reply in replies:
+            node = reply.metadata.src_node_id
             try:
-                receipt = self.ledger.receive(arrived[name])
+                found = self.take(reply)
             except ClfedError as error:
-                refused[name] = str(error)
+                refused[self._contributor.get(node, f"node id {node}")] = str(error)
                 continue
-            deltas[name] = receipt.delta
-            if receipt.stale:
-                stale[name] = len(receipt.stale)
-        for sender, reason in refused.items():
+            if not found.briefed:
+                unbriefed.append(node)
+            elif found.receipt is not None:
+                deltas[found.contributor] = found.receipt.delta
+                if found.receipt.stale:
+                    stale[found.contributor] = len(found.receipt.stale)
+        for sender, reason in sorted(refused.items()):
             logger.warning("Round %d: refused the reply of %s: %s", server_round, sender, reason)
-        self._briefed -= set(unbriefed)
+        deltas = dict(sorted(deltas.items()))
         if self._merge != "pooled":
             self._merged = MERGES[self._merge](self._merged, list(deltas.values()))
         self.last = RoundSummary(deltas, refused, stale, tuple(unbriefed))
@@ -167,34 +177,48 @@ class PrototypeAveraging(TrainOnly):
         }
         return self.arrays(), MetricRecord(dict(metrics))
 
+    def take(self, reply: Message) -> Intake:
+        """Take one reply in, see :func:`clfed.federated.intake.take_in`.
+
+        Raises:
+            ClfedError: It is refused; nothing has changed.
+        """
+        node = reply.metadata.src_node_id
+        found = take_in(
+            reply,
+            self.ledger,
+            limits=self.limits,
+            sender=self.sender(node),
+            reserved=self._reserved,
+            check=partial(self._check_holder, node),
+        )
+        if found.briefed:
+            self._briefed.add(node)
+            self._contributor[node] = found.contributor
+            self._node[found.contributor] = node
+        else:
+            self._briefed.discard(node)
+        return found
+
+    def sender(self, node: int) -> str | None:
+        """Return the only name that a node may use; None where its key names nobody."""
+        return None
+
     def configure_broadcast(self, grid: Grid) -> Iterable[Message]:
         """Address the merged memory to every node, for after the last round."""
-        content = RecordDict({"memory": self.arrays()})
-        return [
-            Message(content, dst_node_id=node, message_type=f"{MessageType.QUERY}.merged")
-            for node in sorted(grid.get_node_ids())
-        ]
+        head = self.head(0, ConfigRecord())
+        memory = self.arrays()
+        return [self.broadcast(node, memory, head) for node in sorted(grid.get_node_ids())]
 
-    def _read(self, node: int, content: RecordDict, unbriefed: list[int]) -> Contribution | None:
-        status = config(content, "status")
-        contributor = text(status, "contributor")
-        if status.get("needs-briefing"):
-            unbriefed.append(node)
-            return None
-        if contributor == self._reserved:
-            raise InvalidMessage(f"No node may call itself {contributor!r}.")
-        holder = self._node.get(contributor, node)
+    def broadcast(self, node: int, arrays: ArrayRecord, head: ConfigRecord) -> Message:
+        """Return the message that brings one node the merged memory."""
+        # Nothing is asked, so nothing of the node's own state has to be the newest.
+        entries = ConfigRecord({**head, "acknowledged": 0, "confirmed": 0})
+        content = RecordDict({"round": entries, "memory": arrays})
+        return Message(content, dst_node_id=node, message_type=f"{MessageType.QUERY}.merged")
+
+    def _check_holder(self, node: int, contributor: str) -> None:
         # A restarted node comes back under another id; then its old id is not asked any more.
+        holder = self._node.get(contributor, node)
         if holder != node and holder in self._asked:
             raise InvalidMessage(f"{contributor!r} is the name of another connected node.")
-        self._briefed.add(node)
-        self._contributor[node] = contributor
-        self._node[contributor] = node
-        if "rows" not in content:
-            return None
-        contribution = decode_contribution(arrays(content, "rows"))
-        if contribution.contributor != contributor:
-            raise InvalidMessage(
-                f"{contributor!r} sent rows in the name of {contribution.contributor!r}."
-            )
-        return contribution

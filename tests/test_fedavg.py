@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clfed import __version__
 from clfed.errors import FederationError
 from clfed.federated.grid import LocalGrid
 from clfed.strategies import GrowingHeadFedAvg
@@ -243,6 +244,7 @@ def test_the_network_goes_to_everybody_and_the_briefing_once():
         "extra": 1,
         "round": 1,
         "session": "mine",
+        "clfed": __version__,
         "classes": "[]",
     }
     model = network("ba", np.random.default_rng(1))

@@ -35,7 +35,7 @@ def ledger_of(kind, messages=()):
     return ledger
 
 
-def history(rng, kind, node, length):
+def history(rng, kind, node, length, complete=0.3):
     """Messages of a node that learns and forgets examples: each carries the rows that changed."""
     held, messages, version = [], [], 0
     for step in range(length):
@@ -50,6 +50,9 @@ def history(rng, kind, node, length):
             (rng.choice(NAMES), [rng.uniform(-9, 9), rng.uniform(-9, 9)]) for _ in range(3)
         ]
         now = seen(kind, *held)
+        if step and rng.random() < complete:
+            messages.append(Contribution.of(node, version, now, complete=True))
+            continue
         if kind == "shared":
             gone = sorted(set(before.classes) - set(now.classes))
             messages.append(Contribution.of(node, version, now, gone=gone))
@@ -84,7 +87,7 @@ def test_any_order_any_number_of_times_gives_the_same_bytes(kind, rng):
 @settings(deadline=None, max_examples=40)
 @given(st.sampled_from(["none", "class"]), st.randoms(use_true_random=False))
 def test_receiving_and_forgetting_commute(kind, rng):
-    made = {node: history(rng, kind, node, 4) for node in NODES}
+    made = {node: history(rng, kind, node, 4, complete=0) for node in NODES}
     first = [stream[0] for stream, _ in made.values()]
     actions = [("receive", message) for stream, _ in made.values() for message in stream[1:]]
     actions += [("forget_contributor", "n1"), ("forget_class", "bee"), ("forget_class", "dog")]
@@ -160,6 +163,30 @@ def test_receipts_say_what_happened():
     ledger.forget_class("bee")
     mixed = ledger.receive(Contribution.of("n2", 2, one))
     assert (mixed.accepted, mixed.refused) == (("ant",), ("bee",))
+
+
+@pytest.mark.parametrize("kind", MOMENTS)
+def test_a_complete_message_voids_what_it_leaves_out(kind):
+    old = seen(kind, ("ant", [1, 0]), ("bee", [0, 1]))
+    new = seen(kind, ("cat", [2, 2]))
+    messages = [
+        Contribution.of("n1", 4, old),
+        Contribution.of("n1", 7, new, complete=True),
+        Contribution.of("n1", 6, seen(kind, ("dog", [5, 5]))),
+    ]
+    for order in (messages, messages[::-1], messages[1:] + messages):
+        ledger = ledger_of(kind, order)
+        assert ledger.total == new
+        assert ledger.to_bytes() == ledger_of(kind, messages).to_bytes()
+    ledger = ledger_of(kind, messages[:1])
+    receipt = ledger.receive(messages[1])
+    assert receipt.accepted == ("ant", "bee", "cat")
+    assert ledger.receive(messages[2]).stale == ("dog",)
+    nothing = Contribution.of("n1", 8, seen(kind), complete=True)
+    assert ledger.receive(nothing).accepted == ("cat",)
+    assert not ledger.total
+    with pytest.raises(InvalidMessage, match="true or false"):
+        ledger.receive(replace(nothing, version=9, complete=1))
 
 
 def test_groups_are_ordered_by_contributor_then_class():

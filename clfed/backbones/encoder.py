@@ -20,8 +20,8 @@ from clfed.backbones.build import (
     check_metadata,
 )
 from clfed.errors import EncoderError, InvalidEmbedding
+from clfed.files import write_file
 from clfed.finite import all_finite
-from clfed.prototypes.storage import write_file
 
 # An image's embedding changes in its last bits with the batch size, but not with its neighbours,
 # its position or the number of threads; multiples of 32 agree with one another.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -83,12 +84,8 @@ def read_folder(folder: Path, image_size: int, channels: int) -> ImageSet:
             f"Expected pictures at {folder}/CLASS/*.png, but {folder} is no folder.",
             remedy="Make one folder a class, then: clfed data=folder data.root=PATH",
         )
-    pictures = {}
-    for entry in sorted(_classes(folder), key=_name):
-        files = _pictures(entry)
-        if not files:
-            continue
-        name = _name(entry)
+    pictures: dict[str, list[Path]] = {}
+    for name, files in class_folders(folder):
         check_class_name(name)
         if name in pictures:
             raise CorruptData(
@@ -104,12 +101,42 @@ def read_folder(folder: Path, image_size: int, channels: int) -> ImageSet:
     counts = torch.tensor([len(files) for files in pictures.values()])
     return ImageSet(
         decode_all(
-            lambda file: _decode(file, MODES[channels], image_size),
+            lambda file: read_picture(file, image_size, channels),
             [file for files in pictures.values() for file in files],
         ),
         torch.arange(len(pictures)).repeat_interleave(counts),
         tuple(pictures),
     )
+
+
+def class_folders(folder: Path) -> list[tuple[str, list[Path]]]:
+    """Return the name of each class folder that holds a picture, and its pictures, all sorted."""
+    named = [(_name(entry), _pictures(entry)) for entry in sorted(_classes(folder), key=_name)]
+    return [(name, files) for name, files in named if files]
+
+
+def read_picture(
+    path: Path, image_size: int, channels: int, data: bytes | None = None
+) -> NDArray[np.uint8]:
+    """Decode one picture the way :func:`load` does.
+
+    Args:
+        path: A picture file, upright or with the rotation that a camera notes.
+        image_size: Side to which it is scaled, whatever its proportions.
+        channels: 1 for grey, 3 for colours.
+        data: Content of the file where it has been read already.
+
+    Returns:
+        Pixels ``(image_size, image_size)`` for 1 channel, ``(image_size, image_size, 3)`` for 3.
+
+    Raises:
+        CorruptData: The picture cannot be decoded.
+    """
+    with reading(path), Image.open(path if data is None else BytesIO(data)) as opened:
+        picture = ImageOps.exif_transpose(opened)
+        if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip, not scale
+            picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+        return to_pixels(picture, MODES[channels], image_size)
 
 
 def _name(entry: Path) -> str:
@@ -133,11 +160,3 @@ def _pictures(folder: Path) -> list[Path]:
         for file in folder.iterdir()
         if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
     )
-
-
-def _decode(path: Path, mode: str, size: int) -> NDArray[np.uint8]:
-    with reading(path), Image.open(path) as opened:
-        picture = ImageOps.exif_transpose(opened)
-        if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip, not scale
-            picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
-        return to_pixels(picture, mode, size)

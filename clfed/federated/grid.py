@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import DEFAULT_TTL, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -104,38 +104,79 @@ class LocalGrid(Grid):
         return identity
 
 
-def exchange(
-    grid: Grid,
-    messages: Iterable[Message],
-    *,
-    timeout: float,
-    poll: float = 0.2,
-    arrived: Callable[[int], None] = lambda count: None,
-) -> list[Message]:
-    """Send messages and collect replies until all are there or the time is up.
+class Mailbox:
+    """Sends messages and collects replies, also those that come after their time.
 
-    Flower's own ``send_and_receive`` looks only every three seconds.
+    Flower's own ``send_and_receive`` looks only every three seconds, and forgets what is late.
+
+    Args:
+        grid: Any grid.
+        poll: Pause between looks, seconds.
+    """
+
+    def __init__(self, grid: Grid, *, poll: float = 0.2) -> None:
+        self._grid, self._poll = grid, poll
+        self._late: dict[str, tuple[int, float]] = {}
+
+    def exchange(
+        self,
+        messages: Iterable[Message],
+        *,
+        timeout: float,
+        arrived: Callable[[Message], None] = lambda reply: None,
+        waiting: Callable[[list[int], float], None] = lambda nodes, seconds: None,
+        notice: float = 20.0,
+    ) -> list[Message]:
+        """Send messages and collect replies until all are there or the time is up.
+
+        Args:
+            messages: Messages to send.
+            timeout: Longest wait, seconds; what has not come by then is taken by a later exchange.
+            arrived: Called with each reply when it is there, late ones of earlier exchanges
+                included.
+            waiting: Called with the ids of the nodes that are still awaited and the seconds so
+                far, each ``notice`` seconds.
+            notice: Pause between these calls, seconds.
+        """
+        messages, start = list(messages), time.monotonic()
+        sent = self._grid.push_messages(messages)
+        pending = {
+            identity: message.metadata.dst_node_id
+            for identity, message in zip(sent, messages, strict=True)
+        }
+        self._late = {i: (n, t) for i, (n, t) in self._late.items() if start - t < DEFAULT_TTL}
+        replies: list[Message] = []
+        told = 0.0
+        while True:
+            new = list(self._grid.pull_messages([*pending, *self._late]))
+            for reply in new:
+                identity = reply.metadata.reply_to_message_id
+                replies.append(reply)
+                self._late.pop(identity, None)
+                node = pending.pop(identity, None)
+                # A node answers one message after the other: older ones are answered or lost.
+                self._late = {i: (n, t) for i, (n, t) in self._late.items() if n != node}
+                arrived(reply)
+            seconds = time.monotonic() - start
+            if not pending or seconds >= timeout:
+                break
+            if seconds - told >= notice:
+                told = seconds
+                waiting(sorted(pending.values()), seconds)
+            time.sleep(self._poll)
+        self._late |= {identity: (node, start) for identity, node in pending.items()}
+        return replies
+
+
+def exchange(grid: Grid, messages: Iterable[Message], *, timeout: float) -> list[Message]:
+    """Send messages and collect replies until all are there or the time is up.
 
     Args:
         grid: Any grid.
         messages: Messages to send.
         timeout: Longest wait, seconds; what has not come by then is left out.
-        poll: Pause between looks, seconds.
-        arrived: Called with the number of new replies whenever some arrive.
     """
-    pending = set(grid.push_messages(messages))
-    replies: list[Message] = []
-    end = time.monotonic() + timeout
-    while pending:
-        new = list(grid.pull_messages(pending))
-        replies += new
-        pending -= {reply.metadata.reply_to_message_id for reply in new}
-        if new:
-            arrived(len(new))
-        if not pending or time.monotonic() >= end:
-            break
-        time.sleep(poll)
-    return replies
+    return Mailbox(grid).exchange(messages, timeout=timeout)
 
 
 def wait_for_nodes(grid: Grid, count: int, *, timeout: float, poll: float = 0.2) -> list[int]:

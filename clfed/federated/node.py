@@ -1,14 +1,16 @@
 """One node: what it remembers between rounds, and how it answers a round.
 
-A node's lasting state is its own cumulative statistics, the version at which each class last
-changed, and the settings of its briefing; no image. It lives in Flower's ``Context.state``.
+A node's lasting state is its own cumulative statistics and a version number; no image. That of a
+simulated node, which is here, lives in Flower's ``Context.state``; that of a real one in a
+directory of its own (:mod:`clfed.federated.folder_node`).
 """
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 from clfed.backbones import Encoder
 from clfed.errors import FederationError
 from clfed.federated.field import Field, open_field
-from clfed.federated.records import array, arrays, config, config_record, text
+from clfed.federated.records import array, arrays, blob, config, config_record, integer, text
 from clfed.federated.wire import decode_memory, encode_memory
 from clfed.prototypes import Contribution, PrototypeMemory
 
@@ -32,8 +34,9 @@ def briefing(
     """Return the records that a node needs once: settings and encoder.
 
     Args:
-        settings: ``field`` (see :func:`clfed.federated.field.field_settings`), ``moments`` and
-            ``cache_dir``, and whatever further strategies need; JSON values.
+        settings: ``moments``; of a simulation ``field`` (see
+            :func:`clfed.federated.field.field_settings`), ``cache_dir``, and whatever further
+            strategies need; JSON values.
         encoder: The frozen embedding.
     """
     _encoders[encoder.embedding_id] = encoder
@@ -44,101 +47,150 @@ def briefing(
     return {"briefing": head, "encoder": ArrayRecord({"encoder": Array(weights)})}
 
 
-@dataclass
-class NodeState:
-    """What a node keeps between rounds.
-
-    Attributes:
-        session: The federation that this state belongs to.
-        settings: The briefing's settings.
-        embedding_id: Identity of the encoder.
-        round: The last round whose mission was learned, so that a repeated request adds nothing.
-        version: Number of changes of the own statistics so far.
-        own: The node's own cumulative statistics.
-        changed: The version at which each class last changed.
-    """
-
-    session: str
-    settings: dict[str, Any]
-    embedding_id: str
-    round: int
-    version: int
-    own: PrototypeMemory
-    changed: dict[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, state: RecordDict) -> NodeState | None:
-        """Return the state kept in a context, ``None`` at the first message."""
-        if "node" not in state:
-            return None
-        head = json.loads(text(config(state, "node"), "json"))
-        return cls(own=decode_memory(arrays(state, "own")), **head)
-
-    def write(self, state: RecordDict) -> None:
-        """Keep this state in a context."""
-        head = {k: v for k, v in vars(self).items() if k != "own"}
-        state["node"] = config_record(json=json.dumps(head))
-        state["own"] = encode_memory(self.own)
-
-
-@dataclass
-class Node:
+class Node(ABC):
     """A briefed node, ready to answer.
 
     Attributes:
         name: Its name as a contributor.
-        number: Its place in a simulation, from 0.
-        state: What it keeps.
         encoder: The frozen embedding.
+        own: Its own cumulative statistics.
+        version: Number of messages that it has made so far.
+    """
+
+    name: str
+    encoder: Encoder
+    own: PrototypeMemory
+    version: int
+
+    @abstractmethod
+    def look(self, head: ConfigRecord) -> PrototypeMemory:
+        """Return what the node's own statistics are by now.
+
+        Args:
+            head: The record ``round`` of the request.
+        """
+
+    @abstractmethod
+    def keep(self, memory: ArrayRecord, round_: int) -> str:
+        """Keep the merged memory that the server sent in a round, and return its digest."""
+
+    @abstractmethod
+    def write(self) -> None:
+        """Make the state last, before anything that builds on it is sent."""
+
+    def status(self) -> ConfigRecord:
+        """Return the record ``status`` of a reply."""
+        return config_record(contributor=self.name)
+
+    def answer(self, head: ConfigRecord) -> Contribution | None:
+        """Learn what is new and return the rows that the server does not have yet, if any.
+
+        Usually these are the rows that changed since the last message. Where the server has
+        something else than this node last sent, because a message or the node's state was lost,
+        they are all rows, in a complete message.
+
+        Args:
+            head: The record ``round`` of the request, with the version that the server
+                ``acknowledged`` and the digest of the rows that it has (``held``).
+        """
+        before, self.own = self.own, self.look(head)
+        held = blob(head, "held")
+        if digest(self.own) == held:
+            return None
+        self.version = max(self.version, integer(head, "acknowledged")) + 1
+        if digest(before) == held:
+            return Contribution.between(self.name, self.version, before, self.own)
+        return Contribution.of(self.name, self.version, self.own, complete=True)
+
+
+def digest(memory: PrototypeMemory) -> bytes:
+    """The SHA-256 of a memory as 32 bytes, as it travels."""
+    return bytes.fromhex(memory.sha256())
+
+
+@dataclass
+class MissionNode(Node):
+    """A simulated node.
+
+    Attributes:
+        number: Its place in the simulation, from 0.
+        session: The federation that its state belongs to.
+        settings: The briefing's settings.
+        round: The last round whose mission was learned, so that a repeated request adds nothing.
+        kept: Flower's state, in which all this lasts.
     """
 
     name: str
     number: int
-    state: NodeState
     encoder: Encoder
+    session: str
+    settings: dict[str, Any]
+    round: int
+    version: int
+    own: PrototypeMemory
+    kept: RecordDict
 
     @property
     def field(self) -> Field:
         """The part of the world that this node's simulation opened."""
-        return open_field(self.state.settings["field"])
+        return open_field(self.settings["field"])
 
-    def learn(self, round_: int, acknowledged: int) -> None:
-        """Add what the node met up to this round and has not learned yet, each mission once.
-
-        A node that lost its state learns everything again; its versions then go on from the one
-        that the server acknowledged, so that its rows replace the old ones.
-        """
-        state = self.state
-        missing = range(state.round + 1, round_ + 1)
+    def look(self, head: ConfigRecord) -> PrototypeMemory:
+        """Add what the node met up to this round and has not learned yet, each mission once."""
+        round_ = integer(head, "round")
+        missing = range(self.round + 1, round_ + 1)
         met = [self.field.evidence(self.number, number, self.encoder) for number in missing]
-        state.round = max(state.round, round_)
+        self.round = max(self.round, round_)
         labels = [label for _, part in met for label in part]
         if not labels:
-            return
-        delta = state.own.observe(torch.cat([embeddings for embeddings, _ in met]), labels)
-        state.version = max(state.version, acknowledged) + 1
-        state.own = state.own + delta
-        state.changed.update(dict.fromkeys(delta.classes, state.version))
+            return self.own
+        return self.own + self.own.observe(torch.cat([z for z, _ in met]), labels)
 
-    def contribution(self, acknowledged: int) -> Contribution | None:
-        """Return the own rows that changed since the acknowledged version, if any."""
-        fresh = [name for name, at in self.state.changed.items() if at > acknowledged]
-        if not fresh:
+    def keep(self, memory: ArrayRecord, round_: int) -> str:
+        """Keep the merged memory in Flower's state."""
+        self.kept["merged"] = memory
+        return decode_memory(memory).sha256()
+
+    def write(self) -> None:
+        """Put the state into Flower's."""
+        head = {
+            "session": self.session,
+            "settings": self.settings,
+            "embedding": self.encoder.embedding_id,
+            "round": self.round,
+            "version": self.version,
+        }
+        self.kept["node"] = config_record(json=json.dumps(head))
+        self.kept["own"] = encode_memory(self.own)
+
+    @classmethod
+    def open(cls, content: RecordDict, context: Context) -> MissionNode | None:
+        """Return the simulated node that a message is for, ``None`` where it must be briefed."""
+        number = int(context.node_config["partition-id"])
+        name = str(context.node_config.get("name", f"node-{number}"))
+        session = text(config(content, "round"), "session")
+        state = context.state
+        head = json.loads(text(config(state, "node"), "json")) if "node" in state else None
+        if head is not None and head["session"] == session:
+            settings, identity = head["settings"], head["embedding"]
+            round_, version, own = (
+                head["round"],
+                head["version"],
+                decode_memory(arrays(state, "own")),
+            )
+        elif "briefing" in content:
+            record = config(content, "briefing")
+            settings, identity = json.loads(text(record, "settings")), text(record, "embedding")
+            round_, version, own = 0, 0, None
+        else:
             return None
-        own = self.state.own
-        index = own.rows(fresh)
-        # Shared second moments are those of all of a node's examples, whichever rows travel.
-        outer = own.outer
-        return Contribution(
-            contributor=self.name,
-            version=self.state.version,
-            embedding_id=own.embedding_id,
-            classes=tuple(fresh),
-            counts=own.counts[index],
-            sums=own.sums[index],
-            moments=own.moments,
-            outer=outer[index] if outer is not None and outer.ndim == 3 else outer,
-        )
+        # A briefing is repeated when the reply to the first one was lost; nothing is unlearned.
+        encoder = brief(content, identity, Path(settings["cache_dir"]) / "encoders")
+        if encoder is None:
+            return None
+        if own is None:
+            own = PrototypeMemory.empty(encoder.dim, identity, settings["moments"])
+        return cls(name, number, encoder, session, settings, round_, version, own, state)
 
 
 def open_node(content: RecordDict, context: Context) -> Node | None:
@@ -147,46 +199,38 @@ def open_node(content: RecordDict, context: Context) -> Node | None:
     Raises:
         FederationError: The SuperNode's configuration does not say which node this is.
     """
+    if "folder" in context.node_config:
+        from clfed.federated.folder_node import FolderNode
+
+        return FolderNode.open(content, context.node_config)
     if "partition-id" not in context.node_config:
         raise FederationError(
-            "This node does not know which one it is: its configuration has no partition-id.",
-            remedy="Start the SuperNode with --node-config 'partition-id=0 num-partitions=2'.",
+            "This node does not know which one it is: its configuration has no partition-id and "
+            "no folder.",
+            remedy="Start the SuperNode with --node-config 'partition-id=0 num-partitions=2', or "
+            'for pictures with --node-config \'name="lodge" folder="PATH" state-dir="PATH"\'.',
         )
-    number = int(context.node_config["partition-id"])
-    session = text(config(content, "round"), "session")
-    state = NodeState.read(context.state)
-    if state is not None and state.session != session:
-        state = None
-    if "briefing" in content:
-        fresh = _briefed(content, session)
-        # A briefing is repeated when the reply to the first one was lost; nothing is unlearned.
-        state = fresh if state is None else state
-    if state is None:
-        return None
-    encoder = _encoder(state.embedding_id, Path(state.settings["cache_dir"]))
-    if encoder is None:
-        return None
-    name = str(context.node_config.get("name", f"node-{number}"))
-    return Node(name, number, state, encoder)
+    return MissionNode.open(content, context)
 
 
-def _briefed(content: RecordDict, session: str) -> NodeState:
-    head = config(content, "briefing")
-    settings, identity = json.loads(text(head, "settings")), text(head, "embedding")
+def brief(content: RecordDict, identity: str, folder: Path) -> Encoder | None:
+    """Return an encoder that this message, an earlier one or another process brought, if any.
+
+    Args:
+        content: The message; its record ``encoder`` is used where it is there and needed.
+        identity: The encoder that is asked for.
+        folder: Where encoders are kept as files.
+
+    Raises:
+        EncoderError: The message or the file holds something else.
+    """
+    path = folder / f"{identity}.safetensors"
     if identity not in _encoders:
-        encoder = Encoder.from_bytes(array(arrays(content, "encoder"), "encoder").numpy().tobytes())
-        encoder.save(_path(identity, Path(settings["cache_dir"])))
-        _encoders[identity] = encoder
-    own = PrototypeMemory.empty(_encoders[identity].dim, identity, settings["moments"])
-    return NodeState(session, settings, identity, 0, 0, own)
-
-
-def _encoder(identity: str, cache_dir: Path) -> Encoder | None:
-    """Return an encoder that an earlier message of this or another process brought."""
-    if identity not in _encoders and (path := _path(identity, cache_dir)).is_file():
-        _encoders[identity] = Encoder.load(path)
+        if "encoder" in content:
+            brought = array(arrays(content, "encoder"), "encoder").numpy().tobytes()
+            encoder = Encoder.from_bytes(brought)
+            encoder.save(path)
+            _encoders[encoder.embedding_id] = encoder
+        elif path.is_file():
+            _encoders[identity] = Encoder.load(path)
     return _encoders.get(identity)
-
-
-def _path(identity: str, cache_dir: Path) -> Path:
-    return cache_dir / "encoders" / f"{identity}.safetensors"

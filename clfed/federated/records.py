@@ -11,7 +11,7 @@ from clfed.errors import InvalidMessage
 T = TypeVar("T")
 
 
-def config_record(**values: str | int | bool) -> ConfigRecord:
+def config_record(**values: str | int | bool | bytes) -> ConfigRecord:
     """Return a config record of these entries; underscores in names become hyphens."""
     return ConfigRecord({key.replace("_", "-"): value for key, value in values.items()})
 
@@ -61,6 +61,15 @@ def integer(record: ConfigRecord, key: str) -> int:
     value = record.get(key)
     # bool is a subclass of int.
     return _typed(None if isinstance(value, bool) else value, int, f"the entry {key!r}")
+
+
+def blob(record: ConfigRecord, key: str) -> bytes:
+    """Return the bytes under this key.
+
+    Raises:
+        InvalidMessage: There are none.
+    """
+    return _typed(record.get(key), bytes, f"the entry {key!r}")
 
 
 def _typed(value: object, kind: type[T], what: str) -> T:

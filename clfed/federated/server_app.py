@@ -1,8 +1,14 @@
-"""The Flower ServerApp that ``flwr run`` starts: the same job, on whatever nodes are connected."""
+"""The Flower ServerApp that ``flwr run`` starts, on whatever nodes are connected.
+
+With ``federation`` it runs the rounds of a federation folder, as ``clfed serve`` does; otherwise
+the job that ``overrides`` configures.
+"""
 
 from __future__ import annotations
 
+import json
 import shlex
+from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -15,6 +21,15 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the configured job; ``--run-config 'overrides="data=digits seed=1"'`` sets it."""
+    folder = str(context.run_config.get("federation", ""))
+    if folder:
+        from clfed.deploy.serving import Pace
+        from clfed.deploy.superlink import run_app
+
+        pace = json.loads(str(context.run_config.get("pace", "")) or "{}")
+        wandb = bool(context.run_config.get("wandb", False))
+        run_app(grid, Path(folder), Pace(**pace), wandb=wandb)
+        return
     from hydra.utils import get_method
 
     cfg = compose(shlex.split(str(context.run_config.get("overrides", ""))))

@@ -10,6 +10,8 @@ second moments only the upper triangle travels.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +25,16 @@ from clfed.prototypes import Contribution, PrototypeMemory
 
 WIRE_VERSION = 1
 _INTEGERS = (np.int8, np.int16, np.int32, np.int64)
+_BEFORE_HEADER = 10  # bytes: magic, version, length of the header
+_FIELDS = {"head", "counts", "sums"}
+# The one header that numpy writes for integers of the usual order. Its own reader evaluates what
+# the header says, allocates what it asks for and opens archives, with many kinds of exceptions.
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(..)"
+    rb"\{'descr': '([<|][iu][1248])', 'fortran_order': False, "
+    rb"'shape': \(((?:\d{1,15}, ?){0,3}\d{0,15})\), \} *\n",
+    re.DOTALL,
+)
 
 
 def narrow(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -53,7 +65,11 @@ def encode_contribution(contribution: Contribution) -> ArrayRecord:
     """Pack a node's own rows for the wire."""
     return _encode(
         contribution,
-        {"contributor": contribution.contributor, "version": contribution.version},
+        {
+            "contributor": contribution.contributor,
+            "version": contribution.version,
+            **({"complete": True} if contribution.complete else {}),
+        },
     )
 
 
@@ -75,12 +91,13 @@ def decode_contribution(record: ArrayRecord) -> Contribution:
     """
     fields, head = _decode(record)
     contributor, version = head.get("contributor"), head.get("version")
+    complete = head.get("complete", False)
     if not isinstance(contributor, str) or not isinstance(version, int) or version is True:
         raise InvalidMessage(
             "A contribution must name its contributor (text) and version (integer), got "
             f"{contributor!r} and {version!r}."
         )
-    return Contribution(contributor=contributor, version=version, **fields)
+    return Contribution(contributor=contributor, version=version, complete=complete, **fields)
 
 
 def _encode(rows: PrototypeMemory | Contribution, extra: Mapping[str, str | int]) -> ArrayRecord:
@@ -104,22 +121,27 @@ def _encode(rows: PrototypeMemory | Contribution, extra: Mapping[str, str | int]
 
 
 def _decode(record: ArrayRecord) -> tuple[dict[str, Any], dict[str, Any]]:
-    if not {"head", "counts", "sums"} <= set(record):
+    if not _FIELDS <= set(record) <= _FIELDS | {"outer"}:
         raise InvalidMessage(
             f"A record of statistics needs the arrays head, counts and sums, got {sorted(record)}."
         )
     try:
-        head = json.loads(record["head"].numpy().tobytes().decode())
-        classes, dim = tuple(head["classes"]), int(head["dim"])
+        head = json.loads(_read(record, "head").tobytes().decode())
+        classes, dim = head["classes"], head["dim"]
         version, moments, embedding = head["wire"], head["moments"], head["embedding"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidMessage(
             f"The head of a record of statistics is unreadable: {error}."
         ) from error
-    if version != WIRE_VERSION:
+    if type(version) is not int or version != WIRE_VERSION:
         raise InvalidMessage(
             f"The record has wire version {version!r}, this program speaks {WIRE_VERSION}.",
             remedy="Install the same clfed on every node.",
+        )
+    if not isinstance(classes, list) or type(dim) is not int or dim < 1:
+        raise InvalidMessage(
+            "The head of a record of statistics must list its classes and say the size of its "
+            f"embeddings, got {type(classes).__name__} and {dim!r}."
         )
     rows = len(classes)
     outer = None
@@ -127,8 +149,10 @@ def _decode(record: ArrayRecord) -> tuple[dict[str, Any], dict[str, Any]]:
         shape = (dim, dim) if moments == "shared" else (rows, dim, dim)
         flat = (*shape[:-2], dim * (dim + 1) // 2)
         outer = _square(_integers(record, "outer", flat), dim)
+    elif "outer" in record:
+        raise InvalidMessage("The record of statistics brings second moments and denies them.")
     fields = {
-        "classes": classes,
+        "classes": tuple(classes),
         "counts": _integers(record, "counts", (rows,)),
         "sums": _integers(record, "sums", (rows, dim)),
         "embedding_id": embedding,
@@ -138,13 +162,23 @@ def _decode(record: ArrayRecord) -> tuple[dict[str, Any], dict[str, Any]]:
     return fields, head
 
 
-def _integers(record: ArrayRecord, name: str, shape: tuple[int, ...]) -> Tensor:
+def _read(record: ArrayRecord, name: str) -> np.ndarray[Any, Any]:
+    """The array as it was written, without a copy; nothing is allocated or evaluated for it."""
     if name not in record:
         raise InvalidMessage(f"The record of statistics lacks the array {name!r}.")
-    try:
-        values = record[name].numpy()
-    except (ValueError, TypeError, EOFError) as error:
-        raise InvalidMessage(f"The array {name!r} is unreadable: {error}.") from error
+    array = record[name]
+    found = _HEADER.match(array.data) if array.stype == "numpy.ndarray" else None
+    if found is None or int.from_bytes(found[1], "little") != found.end() - _BEFORE_HEADER:
+        raise InvalidMessage(f"The array {name!r} is no plain file of integers.")
+    kind = np.dtype(found[2].decode())
+    shape = tuple(int(length) for length in found[3].split(b",") if length.strip())
+    if len(array.data) - found.end() != math.prod(shape) * kind.itemsize:
+        raise InvalidMessage(f"The array {name!r} is shorter or longer than it says.")
+    return np.frombuffer(array.data, kind, offset=found.end()).reshape(shape)
+
+
+def _integers(record: ArrayRecord, name: str, shape: tuple[int, ...]) -> Tensor:
+    values = _read(record, name)
     if values.dtype not in _INTEGERS or values.shape != shape:
         raise InvalidMessage(
             f"The array {name!r} must hold signed integers of shape {shape}, got {values.dtype} of "

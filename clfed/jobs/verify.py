@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 def run(cfg: DictConfig) -> list[Check]:
     """Print one line for each check of a certificate.
 
-    The model is the file ``model.pt`` beside it, the certificates before it lie in the folders
-    beside its own, and the run's ``config.yaml`` two folders above says where the data come from.
+    Of a run: the model is the file ``model.pt`` beside it, the certificates before it lie in the
+    folders beside its own, and the run's ``config.yaml`` two folders above says where the data come
+    from. Of a federation: the certificates before it lie beside it, and one folder above is what it
+    speaks of, the server's folder or a node's state directory.
 
     Args:
         cfg: The resolved configuration; only ``job`` counts.
@@ -47,13 +49,19 @@ def run(cfg: DictConfig) -> list[Check]:
         )
     file = Path(path)
     certificate = read(file)
-    checks = verify(
-        certificate,
-        model_file=file.parent / MODEL,
-        previous=_before(file, certificate),
-        holdings=_data(file.absolute().parents[2] / "config.yaml") if cfg.job.data else None,
-        public_key=None if key is None else read_public_key(key),
-    )
+    public_key = None if key is None else read_public_key(key)
+    if certificate.model_file is None:
+        from clfed.deploy import verification
+
+        checks = verification.verify(file, certificate, public_key=public_key)
+    else:
+        checks = verify(
+            certificate,
+            model_file=file.parent / MODEL,
+            previous=_before(file, certificate),
+            holdings=_data(file.absolute().parents[2] / "config.yaml") if cfg.job.data else None,
+            public_key=public_key,
+        )
     for check in checks:
         state = "ok    " if check.ok else "failed"
         console().print(f"{state}  {check.name}: {check.sentence}", markup=False, soft_wrap=True)

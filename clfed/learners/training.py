@@ -19,10 +19,10 @@ from clfed.backbones.encoder import Transform
 from clfed.config import build
 from clfed.data.benchmark import Benchmark, ImageSet
 from clfed.errors import ConfigError, EncoderError, NotEnoughData
+from clfed.files import write_file
 from clfed.learners.base import ContinualLearner
 from clfed.learners.loop import fit
 from clfed.learners.options import Progress, TrainerOptions, TrainingSummary
-from clfed.prototypes.storage import write_file
 from clfed.scenarios.streams import Experience
 from clfed.seeding import derive_seed
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ class Contribution:
         moments: Which second moments come along.
         outer: For ``"class"`` one matrix a row, ``(C, D, D)`` int64; for ``"shared"`` one matrix
             ``(D, D)`` of *all* examples the contributor holds, whichever rows are sent.
+        complete: Whether these are all rows of the contributor: of every other class it holds
+            nothing, and all older messages are void. So a contributor that cannot know what the
+            ledger has of it, after its own state was lost or restored, needs no other message.
     """
 
     contributor: str
@@ -46,6 +49,7 @@ class Contribution:
     sums: Tensor
     moments: Moments = "none"
     outer: Tensor | None = None
+    complete: bool = False
 
     @classmethod
     def of(
@@ -55,6 +59,7 @@ class Contribution:
         memory: PrototypeMemory,
         *,
         gone: Sequence[str] = (),
+        complete: bool = False,
     ) -> Contribution:
         """A contribution that carries the rows of a memory.
 
@@ -63,6 +68,7 @@ class Contribution:
             version: Number of this message.
             memory: The rows to send; of shared moments the whole of the contributor's evidence.
             gone: Classes of which the contributor no longer holds an example.
+            complete: Whether these are all of the contributor's rows.
         """
         extra = len(gone)
         outer = memory.outer
@@ -77,7 +83,38 @@ class Contribution:
             torch.cat([memory.sums, memory.sums.new_zeros(extra, memory.dim)]),
             memory.moments,
             outer,
+            complete,
         )
+
+    @classmethod
+    def between(
+        cls, contributor: str, version: int, before: PrototypeMemory, now: PrototypeMemory
+    ) -> Contribution:
+        """The rows that changed from one state of a contributor to the next.
+
+        Args:
+            contributor: Who saw the examples.
+            version: Number of this message.
+            before: What the receiver has.
+            now: What it shall have.
+
+        Raises:
+            EmbeddingMismatch: The two are of different embeddings.
+            UnsupportedStatistics: They keep different second moments.
+        """
+        changed = (now - before).classes
+        held = now.rows([name for name in changed if name in now])
+        gone = [name for name in changed if name not in now]
+        # Shared second moments are those of all of a contributor's examples, whichever rows travel.
+        outer = now.outer if now.moments == "shared" or now.outer is None else now.outer[held]
+        rows = replace(
+            now,
+            classes=tuple(name for name in changed if name in now),
+            counts=now.counts[held],
+            sums=now.sums[held],
+            outer=outer,
+        )
+        return cls.of(contributor, version, rows, gone=gone)
 
     def memory(self) -> PrototypeMemory:
         """The rows as a memory: zero rows, which say "no longer held", leave no trace in it.
@@ -105,6 +142,8 @@ class Contribution:
         """
         check_contributor(self.contributor)
         check_version(self.version)
+        if type(self.complete) is not bool:
+            raise InvalidMessage(f"expected complete to be true or false, got {self.complete!r}")
         checked_names(self.classes, "class name")
         check_tables(
             self.classes,
@@ -126,7 +165,8 @@ class Receipt:
 
     Attributes:
         delta: New minus old evidence that was applied to the total; zero for a replay.
-        accepted: Classes whose rows are now the ones of this message.
+        accepted: Classes whose rows are now the ones of this message, also those that a complete
+            message left out.
         stale: Classes for which a row of this or a newer version had arrived before.
         conflicting: Classes that came with other content under a version already seen; ignored.
         refused: Classes that are retired, or all of them if the contributor is forgotten.

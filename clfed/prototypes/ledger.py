@@ -6,19 +6,23 @@ merged memory is the sum of all rows and is kept up to date by exact differences
 
 What commutes: receiving with receiving, and receiving with forgetting a contributor or a class
 that has been seen before, to the byte. What does not: forgetting a name that has not been seen
-yet (a no-op), forgetting samples (exact only against the row that holds them), and a contributor
-that breaks the rules by giving two contents one version (the first one stays).
+yet, or that complete messages have made void (a no-op), forgetting samples (exact only against the
+row that holds them), and a contributor that breaks the rules by giving two contents one version
+(the first one stays).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 
 from clfed.errors import EmbeddingMismatch, InvalidMessage, UnsupportedStatistics
+from clfed.files import read_file, write_file
 from clfed.prototypes.contribution import (
     DEFAULT_CAP,
     Contribution,
@@ -36,7 +40,6 @@ from clfed.prototypes.shares import (
     sum_of,
     unpack_shares,
 )
-from clfed.prototypes.storage import read_file, write_file
 
 __all__ = ["Contribution", "ContributorLedger", "Receipt"]
 
@@ -152,8 +155,11 @@ class ContributorLedger:
         if version <= share.latest:  # otherwise every row is newer
             same = {c for c in newer if share.marks.get(c, 0) == mark}
             newer = {c for c in newer if share.marks.get(c, 0) < mark}
+        void = {
+            c for c, at in share.marks.items() if contribution.complete and at < mark
+        }.difference(classes)
         rows, held = plain(message), plain(share.evidence)
-        delta = part(rows, newer) - part(held, newer)
+        delta = part(rows, newer) - part(held, newer | void)
         conflicting = {*(part(rows, same) - part(held, same)).classes} if same else set[str]()
         outer_mark = share.outer_mark
         if self.moments == "shared":
@@ -169,10 +175,14 @@ class ContributorLedger:
             seen = replace(seen, evidence=share.evidence + delta)
             self._total = total
         marks = share.marks | dict.fromkeys(newer, mark) if newer else share.marks
+        if contribution.complete:
+            # Older messages are void, so nothing has to be remembered of the rows that they wrote.
+            marks = {c: at for c, at in marks.items() if c not in void}
+            seen = replace(seen, floor=version)
         self._shares[name] = replace(seen, outer_mark=outer_mark, marks=marks)
         return Receipt(
             delta,
-            accepted=tuple(sorted(newer)),
+            accepted=tuple(sorted(newer | void)),
             stale=tuple(sorted(set(classes) - newer - refused - conflicting)),
             conflicting=tuple(sorted(conflicting)),
             refused=tuple(sorted(refused)),
@@ -316,12 +326,30 @@ class ContributorLedger:
             InvalidMessage: Damaged, incomplete, or not in canonical form; names ``source``.
         """
         zero, shares, retired = unpack_shares(data, source)
-        ledger = cls(zero.dim, zero.embedding_id, zero.moments, cap=cap)
-        ledger._shares, ledger._retired = shares, retired
-        ledger._total = sum_of(zero, (share.evidence for share in shares.values()))
+        ledger = cls.assembled(zero, shares, retired, cap=cap)
         if ledger.to_bytes() != data:
             raise InvalidMessage(f"expected a canonical ledger in {source}, got another encoding")
         return ledger
+
+    @classmethod
+    def assembled(
+        cls,
+        zero: PrototypeMemory,
+        shares: Mapping[str, Share],
+        retired: Iterable[str] = (),
+        *,
+        cap: int = DEFAULT_CAP,
+    ) -> ContributorLedger:
+        """Put a ledger together from parts that were checked when they were read."""
+        ledger = cls(zero.dim, zero.embedding_id, zero.moments, cap=cap)
+        ledger._shares, ledger._retired = dict(shares), frozenset(retired)
+        ledger._total = sum_of(zero, (share.evidence for share in shares.values()))
+        return ledger
+
+    @property
+    def shares(self) -> Mapping[str, Share]:
+        """What is held of each contributor; a share that changes becomes another object."""
+        return MappingProxyType(self._shares)
 
     def sha256(self) -> str:
         """Hexadecimal digest of the canonical bytes."""

@@ -25,6 +25,7 @@ from clfed.errors import (
     UnknownClass,
     UnsupportedStatistics,
 )
+from clfed.files import read_file, write_file
 from clfed.prototypes.algebra import combined, without_zeros
 from clfed.prototypes.fixed_point import (
     RESOLUTION,
@@ -34,7 +35,7 @@ from clfed.prototypes.fixed_point import (
     quantised_sum_by_class,
     sum_by_class,
 )
-from clfed.prototypes.storage import pack, read_file, unpack, write_file
+from clfed.prototypes.storage import pack, unpack
 from clfed.prototypes.tables import Moments, check_tables, checked_names
 
 __all__ = ["RESOLUTION", "Moments", "PrototypeMemory"]
@@ -353,7 +354,11 @@ class PrototypeMemory:
         return memory
 
     def sha256(self) -> str:
-        """Hexadecimal digest of the canonical bytes."""
+        """Hexadecimal digest of the canonical bytes; computed once."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:

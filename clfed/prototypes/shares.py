@@ -29,7 +29,8 @@ class Share:
     Attributes:
         evidence: Sum of the rows.
         latest: Highest version that has arrived.
-        floor: Versions up to this one were forgotten together with the contributor.
+        floor: Versions up to this one are void: forgotten together with the contributor, or
+            replaced by a complete message.
         forgotten: Whether messages are refused.
         outer_mark: Mark of the shared second moments, which belong to the whole contributor.
         marks: Mark of each class that has a row, also of rows that say "none".

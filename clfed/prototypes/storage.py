@@ -1,19 +1,16 @@
-"""Files that are either whole or absent, with the same bytes for the same content."""
+"""Tensors as bytes: the same bytes for the same content, and nothing believed when read."""
 
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from clfed.errors import InvalidMessage, MissingData, RunFolderError
+from clfed.errors import InvalidMessage
 
 SCHEMA = 1
 _KEY = "clfed"
@@ -60,49 +57,3 @@ def unpack(data: bytes, kind: str, source: str) -> tuple[dict[str, Tensor], dict
             f"expected a clfed {kind} of schema {SCHEMA} in {source}, got {found!r} of {schema!r}"
         )
     return tensors, header
-
-
-def read_file(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a file.
-
-    Raises:
-        MissingData: There is no file at that path.
-    """
-    try:
-        return Path(path).read_bytes()
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise MissingData(
-            f"expected a file at {path}, found none",
-            remedy="Give the path of a file that clfed has saved.",
-        ) from error
-
-
-def write_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write all bytes or none: a crash leaves the former file as it was.
-
-    Raises:
-        RunFolderError: The file cannot be written.
-    """
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        if partial.exists():
-            partial.unlink()
-        raise RunFolderError(f"expected to write {target}, got {error}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # other systems cannot open a folder, and flush renames themselves
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

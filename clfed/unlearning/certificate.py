@@ -4,6 +4,9 @@ One certificate a request, as a JSON file in one canonical form, so that no byte
 unnoticed. Each carries the digest of the one before it, which makes a chain of a sequence of
 requests. A digest shows damage and mix-ups; only a signature shows who issued it. A certificate
 says what was done and measured: it is no proof in the sense of differential privacy.
+
+A run certifies a model file and knows its data. Server and nodes of a federation certify their
+share of a request without either, see :mod:`clfed.federated.certificates`.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from clfed import __version__
 from clfed.errors import CertificateError, RunFolderError
-from clfed.prototypes.storage import write_file
+from clfed.files import write_file
 from clfed.unlearning.model_file import read_model, save_model
 from clfed.unlearning.report import Report
 from clfed.unlearning.requests import Request
@@ -50,19 +53,22 @@ class Certificate:
         time: Of the issue, ISO 8601, UTC.
         number: Place in the sequence of requests, from 1.
         request: As in a file of requests.
-        deleted: Hash of pixels and class name of each deleted sample, by its id.
+        deleted: Hash of pixels and class name of each deleted sample, by its id; in a federation
+            the number of deleted examples, at the server by node and at a node by SHA-256 of the
+            file.
         unlearner: Name of the method.
         settings: Its settings.
         exact: Whether an algorithm guarantees the result, for what ``scope`` names.
         scope: What is as if the forget set had never been seen.
         touched: Distinct samples that were looked at, by kind of data.
-        model_from: State of the model before.
+        model_from: State of the model before; at a federation's server of the ledger, at its nodes
+            of the frozen embedding.
         model_to: State of the model after.
-        model_file: The file that holds it.
+        model_file: The file that holds it; None in a federation.
         classifier: What the model's answers are read off its class statistics by; None: a head.
         statistics_from: Class statistics before; None where there are none.
         statistics_to: Class statistics after.
-        data_from: Fingerprint of the training images before.
+        data_from: Fingerprint of the training images before; None where they are not known.
         data_to: Fingerprint of the training images that stay.
         evidence: Measures by name, each with its ``value`` and that of the ``oracle``.
         previous: Digest of the certificate before it; None for the first.
@@ -76,7 +82,7 @@ class Certificate:
     time: str
     number: int
     request: dict[str, Any]
-    deleted: dict[str, str]
+    deleted: dict[str, Any]
     unlearner: str
     settings: dict[str, Any]
     exact: bool
@@ -84,12 +90,12 @@ class Certificate:
     touched: dict[str, Any]
     model_from: str
     model_to: str
-    model_file: str
+    model_file: str | None
     classifier: dict[str, Any] | None
     statistics_from: str | None
     statistics_to: str | None
-    data_from: str
-    data_to: str
+    data_from: str | None
+    data_to: str | None
     evidence: dict[str, Any]
     previous: str | None = None
     public_key: str | None = None
@@ -176,7 +182,6 @@ def issue(
         raise CertificateError(
             f"Expected the model that request {request.id!r} led to in {model_file}, got another."
         )
-    signer = None if signing_key is None else Signer(signing_key)
     stays = ~deleted(holdings, previous)
     goes = stays & torch.isin(holdings.ids, gone)
     certificate = Certificate(
@@ -207,11 +212,20 @@ def issue(
             for name, value in evidence.items()
         },
         previous=previous[-1].digest if previous else None,
-        public_key=None if signer is None else signer.public_key,
     )
-    digest = certificate.computed_digest
-    signature = None if signer is None else signer.sign(digest)
-    return replace(certificate, digest=digest, signature=signature)
+    return sealed(certificate, signing_key)
+
+
+def sealed(certificate: Certificate, signing_key: str | os.PathLike[str] | None) -> Certificate:
+    """Return a certificate with its digest, signed where there is a key.
+
+    Raises:
+        CertificateError: The key cannot be used.
+    """
+    signer = None if signing_key is None else Signer(signing_key)
+    named = replace(certificate, public_key=None if signer is None else signer.public_key)
+    digest = named.computed_digest
+    return replace(named, digest=digest, signature=None if signer is None else signer.sign(digest))
 
 
 def read(path: str | os.PathLike[str]) -> Certificate:

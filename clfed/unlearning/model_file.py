@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from clfed.errors import CertificateError
+from clfed.files import write_file
 from clfed.learners import state
 from clfed.learners.base import ContinualLearner
-from clfed.prototypes.storage import write_file
 
 
 class ModelFile(NamedTuple):

@@ -18,6 +18,7 @@ import torch
 from clfed.backbones.encoder import Transform
 from clfed.data.benchmark import Benchmark, ImageSet
 from clfed.errors import ConfigError
+from clfed.files import write_file
 from clfed.learners import state
 from clfed.learners.base import ContinualLearner
 from clfed.learners.embedding import EmbeddingModule
@@ -28,7 +29,6 @@ from clfed.learners.training import (
     initial_backbone,
     make_learner,
 )
-from clfed.prototypes.storage import write_file
 from clfed.scenarios.streams import Experience
 
 log = logging.getLogger(__name__)

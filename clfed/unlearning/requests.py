@@ -7,6 +7,9 @@ A file holds one request, or several under ``requests``, as YAML or JSON::
     - {id: r2, kind: sample, samples: [3, 14, 15]}
     - {id: r3, kind: contributor, contributor: contributor07}
 
+Nodes of a federation know no sample ids: there a sample is a picture, named by the SHA-256 of its
+file (``{id: r4, kind: picture, pictures: [9f86d0...]}``).
+
 What was forgotten once stays forgotten: a later request means what is left of it, and one of which
 nothing is left is refused.
 """
@@ -26,15 +29,21 @@ import torch
 from torch import Tensor
 
 from clfed.errors import RequestError
+from clfed.files import write_file
 from clfed.learners.tables import rows_of
-from clfed.prototypes.storage import write_file
 
 if TYPE_CHECKING:
     from clfed.scenarios.holdings import Holdings
 
-Kind = Literal["class", "sample", "contributor"]
+Kind = Literal["class", "sample", "contributor", "picture"]
 
-KEYS: Mapping[str, str] = {"class": "classes", "sample": "samples", "contributor": "contributor"}
+KEYS: Mapping[str, str] = {
+    "class": "classes",
+    "sample": "samples",
+    "contributor": "contributor",
+    "picture": "pictures",
+}
+_HASH = re.compile(r"[0-9a-f]{64}")
 # An id names a folder.
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _LARGEST = 2**63 - 1
@@ -46,10 +55,11 @@ class Request:
 
     Attributes:
         id: Name of the request, unique in a sequence: up to 64 letters, digits, ``_-.``.
-        kind: Whole classes, single samples, or everything of a contributor.
+        kind: Whole classes, single samples, everything of a contributor, or single pictures.
         classes: Names, for classes.
         samples: Sample ids, for samples; kept in ascending order.
         contributor: Who is to be forgotten, for a contributor.
+        pictures: SHA-256 of files in hexadecimal, for pictures; kept in ascending order.
 
     Raises:
         RequestError: A value is missing, too many, of another type, or comes twice.
@@ -60,6 +70,7 @@ class Request:
     classes: tuple[str, ...] = ()
     samples: tuple[int, ...] = ()
     contributor: str = ""
+    pictures: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not _ID.fullmatch(self.id):
@@ -87,6 +98,14 @@ class Request:
                 f"{min(samples) if min(samples) < 0 else max(samples)}."
             )
         object.__setattr__(self, "samples", tuple(sorted(samples)))
+        pictures = self._listed("pictures", str, "SHA-256 hashes")
+        odd = [name for name in pictures if not _HASH.fullmatch(name)]
+        if odd:
+            raise RequestError(
+                f"Expected pictures of request {self.id!r} as SHA-256 of their files, got "
+                f"{reprlib.repr(odd[0])}."
+            )
+        object.__setattr__(self, "pictures", tuple(sorted(pictures)))
         if not isinstance(self.contributor, str):
             raise RequestError(
                 f"Expected the contributor of request {self.id!r} as text, got "
@@ -255,7 +274,19 @@ def _of_contributor(request: Request, holdings: Holdings) -> Tensor:
     return holdings.owners == holdings.contributors.index(request.contributor)
 
 
-_MEANT = {"class": _of_classes, "sample": _of_samples, "contributor": _of_contributor}
+def _of_pictures(request: Request, holdings: Holdings) -> Tensor:
+    raise RequestError(
+        f"Expected request {request.id!r} to name samples of the data set by their ids, got "
+        "pictures by their files, which only the nodes of a federation know."
+    )
+
+
+_MEANT = {
+    "class": _of_classes,
+    "sample": _of_samples,
+    "contributor": _of_contributor,
+    "picture": _of_pictures,
+}
 
 
 def _parsed(path: Path) -> Any:

@@ -1,4 +1,8 @@
-"""Whether a certificate holds: its own content, the model, the chain, and the data."""
+"""Whether a certificate holds: its own content, the model, the chain, and the data.
+
+What a federation's certificates are compared with beside content and chain is in
+:mod:`clfed.deploy.verification`.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +59,7 @@ def verify(
         All checks, also those after one that failed; only what cannot be read at all ends the list
         early.
     """
-    checks = [*_content(certificate, public_key), _chain([*previous, certificate])]
+    checks = [*content_checks(certificate, previous, public_key)]
     try:
         request = Request.parse(certificate.request)
         checks += _model(certificate, request, read_model(model_file))
@@ -66,20 +70,24 @@ def verify(
     return checks
 
 
-def _content(certificate: Certificate, public_key: str | None) -> Iterator[Check]:
-    yield _same("digest", "digest of the content", certificate.digest, certificate.computed_digest)
+def content_checks(
+    certificate: Certificate, previous: Sequence[Certificate], public_key: str | None
+) -> Iterator[Check]:
+    """Look at a certificate's own content and at its chain, as :func:`verify` does."""
+    yield equal("digest", "digest of the content", certificate.digest, certificate.computed_digest)
     signer, signature = certificate.public_key, certificate.signature
     if public_key is not None:
-        yield _same("signer", "key of the signature", public_key, signer or "none")
+        yield equal("signer", "key of the signature", public_key, signer or "none")
     if signer is not None or signature is not None:
         signed = is_signed(certificate.computed_digest, signature or "", signer or "")
         told = f"signature by key {(signer or 'none')[:16]}"
         yield Check("signature", signed, f"The {told} is {'' if signed else 'not '}valid.")
+    yield _chain([*previous, certificate])
 
 
 def _model(certificate: Certificate, request: Request, model: ModelFile) -> Iterator[Check]:
-    yield _same("model", "hash of the model's state", certificate.model_to, model.state_sha256)
-    yield _same("file", "hash of the model file", certificate.model_file, model.sha256)
+    yield equal("model", "hash of the model's state", certificate.model_to, model.state_sha256)
+    yield equal("file", "hash of the model file", certificate.model_file or "none", model.sha256)
     reads = model.classifier == certificate.classifier
     told = "as certified" if reads else f"read by {model.classifier}, not {certificate.classifier}"
     yield Check("answers", reads, f"The answers of the model are {told}.")
@@ -90,7 +98,7 @@ def _model(certificate: Certificate, request: Request, model: ModelFile) -> Iter
     if certificate.statistics_to is not None:
         data = model.memory_bytes() or b""
         found = hashlib.sha256(data).hexdigest()
-        yield _same("statistics", "hash of the class statistics", certificate.statistics_to, found)
+        yield equal("statistics", "hash of the class statistics", certificate.statistics_to, found)
         left = {*request.classes} & {*PrototypeMemory.from_bytes(data).classes}
         told = f"{', '.join(sorted(left))}, expected none of it" if left else "no deleted class"
         yield Check("classes", not left, f"The class statistics hold {told}.")
@@ -108,14 +116,15 @@ def _chain(chain: Sequence[Certificate]) -> Check:
             ("place in the sequence", one.number, number),
             ("digest of the one before", one.previous, before and before.digest),
         ]
-        if before is not None:
+        # The rows and folders of a federation change between requests, the data of a run do not.
+        if before is not None and one.model_file is not None:
             links += [
                 ("model before", one.model_from, before.model_to),
                 ("data before", one.data_from, before.data_to),
             ]
         for what, stated, found in links:
             if stated != found:
-                return _same("chain", f"{what} of certificate {number}", str(stated), str(found))
+                return equal("chain", f"{what} of certificate {number}", str(stated), str(found))
     return Check("chain", True, f"The chain of {len(chain)} certificates is whole.")
 
 
@@ -126,19 +135,20 @@ def _data(
     same = sample_hashes(holdings, goes) == certificate.deleted
     told = "are those of the data" if same else "are not those of the data, expected the same"
     yield Check("samples", same, f"The {len(certificate.deleted)} deleted images {told}.")
-    for name, told, left in (
+    for name, stated, left in (
         ("data before", certificate.data_from, ~gone),
         ("data after", certificate.data_to, ~(gone | goes)),
     ):
         found = holdings.train.subset(left).fingerprint
-        yield _same(name, "fingerprint of the training images", told, found)
+        yield equal(name, "fingerprint of the training images", stated or "none", found)
     meant = resolve(request, holdings, holdings.ids[gone])
     fits = torch.equal(meant, holdings.ids[goes].sort().values)
     told = "these were deleted" if fits else "others were deleted"
     yield Check("request", fits, f"The request means {len(meant)} images, and {told}.")
 
 
-def _same(name: str, what: str, told: str, found: str) -> Check:
+def equal(name: str, what: str, told: str, found: str) -> Check:
+    """Compare what a certificate tells with what was found."""
     if told == found:
         return Check(name, True, f"The {what} is {_short(told)}.")
     return Check(name, False, f"Expected as {what} {_short(told)}, got {_short(found)}.")

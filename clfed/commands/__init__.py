@@ -1,0 +1,1 @@
+"""Commands beside the jobs, one module each: ``SENTENCE``, ``add_arguments``, ``run``."""
