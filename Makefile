@@ -4,7 +4,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test types clean
+.PHONY: demo test endurance types clean
 
 ## demo: install and run the main job
 demo: $(VENV)/.installed
@@ -16,6 +16,10 @@ test: $(VENV)/.tested
 	$(BIN)/ruff format --check .
 	$(MAKE) types
 	$(BIN)/python -m pytest
+
+## endurance: kill real servers and nodes; some 20 minutes
+endurance: $(VENV)/.tested
+	$(BIN)/python -m pytest -m endurance -rP
 
 # Type checkers cannot follow the mapping of strategies/ to clfed.strategies, so they get a copy
 # that is laid out as the wheel is.

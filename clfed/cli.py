@@ -31,7 +31,7 @@ GROUPS = {
     "logger": "where metrics go beside metrics.csv",
 }
 
-COMMANDS = ("create", "invite", "serve", "join", "status", "predict")
+COMMANDS = ("create", "invite", "serve", "join", "forget", "status", "predict")
 
 USAGE = """\
 usage: clfed [GROUP=CHOICE ...] [KEY=VALUE ...] [-m]
@@ -96,7 +96,7 @@ def command(name: str, arguments: list[str]) -> None:
     module = import_module(f"clfed.commands.{name}")
     parser = argparse.ArgumentParser(prog=f"clfed {name}", description=module.__doc__)
     module.add_arguments(parser)
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)
     be_considerate()
     # So that an end asked for by the system cleans up as one from the keyboard does.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -531,6 +531,9 @@ def test_every_changed_byte_is_found(done, tmp_path, side):
         ("request", {"id": "picture"}, "files"),
         ("previous", None, "chain"),
         ("number", 3, "chain"),
+        ("settings", {}, "place"),
+        ("settings", {"federation": "", "place": "server", "confirmed": [[]]}, "confirmations"),
+        ("settings", {"federation": "", "place": "server", "confirmed": 3}, "confirmations"),
         ("settings", {"federation": "x", "place": "server", "confirmed": []}, "federation"),
         (
             "settings",
@@ -660,6 +663,7 @@ def test_a_class_that_nobody_has_is_shut_out_all_the_same(tmp_path):
     world.rounds()
     assert "gnu" not in world.memory and world.asked("r").finished
     assert world.certificate(world.state("b"), "r")[1].evidence["examples"]["value"] == PICTURES
+    assert world.certificate(world.home, "r")[1].deleted == {}
     # A node that sends it against the rules: gone when the next round begins, and refused then.
     empty = world.federation.empty(ENCODER)
     ledger = world.server.strategy.ledger
@@ -766,19 +770,19 @@ def test_an_outbox_with_rubbish_stops_nobody(tmp_path, caplog):
     assert len(outbox_of(world.state("b"))) == 1 + len(rubbish)
 
 
-def test_more_requests_than_a_message_may_bring_come_one_after_another(tmp_path):
+def test_more_requests_than_a_message_may_bring_come_one_after_another(tmp_path, monkeypatch):
+    monkeypatch.setattr("clfed.federated.forgetting.MESSAGE_REQUESTS", 10)
     world = World(tmp_path, {"a": ["owl"], "b": ["fox"]})
     world.rounds()
-    for i in range(MESSAGE_REQUESTS + 5):
+    for i in range(15):
         put(world.state("a"), Request(f"q{i:03d}", "class", classes=(f"no-{i}",)))
     world.rounds()
-    assert len(world.store.requests()) == MESSAGE_REQUESTS
+    assert len(world.store.requests()) == 10
     world.rounds(2)
     assert all(asked.finished for asked in world.store.requests())
-    assert len(world.store.requests()) == MESSAGE_REQUESTS + 5
-    assert len(places(world.home)) == MESSAGE_REQUESTS + 5
+    assert len(world.store.requests()) == len(places(world.home)) == 15
     place = places(world.home)[-1]
-    assert place.number == MESSAGE_REQUESTS + 5 and not holds(place.path, read(place.path))
+    assert place.number == 15 and not holds(place.path, read(place.path))
 
 
 def test_limits():
@@ -863,8 +867,3 @@ def test_a_request_under_a_known_id_with_other_content_is_carried_out(tmp_path):
     assert read_state(world.state("c")).retired == {"owl", "ape"}
     assert world.asked("r").finished
     assert [place.number for place in places(world.state("c"))] == [1, 2]
-
-
-def test_messages_are_flower_messages():
-    """The grid of these tests hands on what Flower's own would."""
-    assert issubclass(Grid, LocalGrid) and hasattr(Message, "content")

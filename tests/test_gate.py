@@ -4,6 +4,7 @@ import asyncio
 import http.server
 import json
 import logging
+import os
 import socket
 import ssl
 import subprocess
@@ -29,7 +30,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clfed.deploy import proxy
+from clfed.deploy import proxy, signing
 from clfed.deploy.gate import SparingFilter, keep, listen, tls_server
 from clfed.deploy.keys import issue_server_certificate, make_authority, node_key
 from clfed.deploy.processes import Child, call, environment, program
@@ -401,9 +402,15 @@ def test_the_sentence_about_a_wrong_clock_speaks_of_the_clock(place):
 
 def test_a_claim_that_is_made_twice_stays_outside(place):
     """The SuperLink might believe the other one."""
-    for name, value in signed(place.keys["owl"]).items():
-        headers = [*signed(place.keys["fox"]).items(), (name, value)]
-        assert post(place, PULL, headers=headers).status_code == 401
+    good, other = signed(place.keys["owl"]), signed(private(node_key()[0]))
+    for name in good:
+        for values in (other, good):
+            before, after = (
+                [(name, values[name]), *good.items()],
+                [*good.items(), (name, values[name])],
+            )
+            for headers in (before, after):
+                assert post(place, PULL, headers=headers).status_code == 401
     assert place.upstream.heard == []
 
 
@@ -434,6 +441,24 @@ def test_keys_come_and_go_while_the_gate_serves(place):
                     == status
                 )
                 path.unlink() if status == 200 else path.write_bytes(public)
+
+
+def test_a_change_in_the_same_step_of_the_clock_is_seen(tmp_path):
+    """File systems note times in steps: two changes may leave a folder with the same time."""
+    pem, public = node_key()
+    keys, time_now = signing.Keys(tmp_path), time.time_ns()
+
+    def asked():
+        return keys.check(
+            signing.claim([(k.encode(), v.encode()) for k, v in signed(private(pem)).items()])
+        )
+
+    os.utime(tmp_path, ns=(time_now, time_now))
+    with pytest.raises(signing.Refused):
+        asked()
+    (tmp_path / "owl.pub").write_bytes(public)
+    os.utime(tmp_path, ns=(time_now, time_now))
+    assert asked() == "owl"
 
 
 def test_a_damaged_key_locks_out_nobody_else(place, caplog):
@@ -472,6 +497,25 @@ def test_nothing_is_passed_to_a_superlink_of_others(place, tmp_path):
     with superlink(tmp_path) as other, gate(place.folder, other.address) as address:
         assert post(place, PULL, address=address).status_code == 503
         assert other.heard == []
+
+
+def test_a_proxy_of_this_machine_has_no_part_in_it(place, monkeypatch):
+    for name in ("HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    with gate(place.folder, place.upstream.address) as address:
+        assert post(place, PULL, address=address).status_code == 200
+
+
+def test_of_two_lengths_the_one_that_counts_is_passed_on(place):
+    """RFC 9112, 6.3: a request with both is how one is hidden inside another."""
+    head = "".join(f"{k}: {v}\r\n" for k, v in signed(place.keys["owl"]).items())
+    head += "content-length: 3\r\ntransfer-encoding: chunked\r\n"
+    with connected(place) as stream:
+        stream.sendall(f"POST {PULL} HTTP/1.1\r\nhost: x\r\n{head}\r\n".encode())
+        stream.sendall(b"5\r\nwhole\r\n0\r\n\r\n")
+        stream.recv(100)
+    (heard,) = place.upstream.heard
+    assert heard.body == b"whole" and "content-length" not in heard.headers
 
 
 def test_bodies_flow_through_in_both_directions(place):
@@ -549,6 +593,19 @@ def test_a_body_beyond_the_limit_is_refused(place):
     assert [heard.whole for heard in place.upstream.heard].count(True) == 1
 
 
+def test_a_request_that_is_refused_is_not_read_to_its_end(place):
+    with gate(place.folder, place.upstream.address, limit=1000) as address:
+        for path, status in [(PULL, b"413"), ("/", b"404")]:
+            with connected(place, address) as stream:
+                stream.settimeout(3)
+                head = "".join(f"{k}: {v}\r\n" for k, v in signed(place.keys["owl"]).items())
+                text = f"POST {path} HTTP/1.1\r\nhost: x\r\n{head}content-length: 1001\r\n\r\n"
+                stream.sendall(text.encode())
+                answer = b"".join(iter(lambda: stream.recv(9999), b""))  # until it closes
+                assert answer.split()[1] == status
+    assert place.upstream.heard == []
+
+
 @pytest.mark.parametrize("begin", [b"", b"POST /v1/fleet/pull-messages HTTP/1.1\r\nhost: x\r\n"])
 def test_a_head_that_does_not_end_is_not_waited_for(place, begin):
     """Silent from the start, or a few bytes at a time, which is how to hold many connections."""
@@ -616,13 +673,16 @@ def test_a_request_has_an_end_however_steadily_it_comes(place, monkeypatch):
     assert place.upstream.heard and not any(heard.whole for heard in place.upstream.heard)
 
 
-def test_a_client_that_leaves_takes_its_request_along(place):
+@pytest.mark.parametrize(
+    "begin", ["content-length: 9\r\n\r\nx", "transfer-encoding: chunked\r\n\r\n1\r\nx\r\n"]
+)
+def test_a_client_that_leaves_takes_its_request_along(place, begin):
+    """Its half is not passed on as the whole."""
     head = "".join(f"{k}: {v}\r\n" for k, v in signed(place.keys["elk"]).items())
     with connected(place) as stream:
-        stream.sendall(
-            f"POST {PULL} HTTP/1.1\r\nhost: x\r\n{head}content-length: 9\r\n\r\nx".encode()
-        )
-        until(lambda: hello(place, place.keys["elk"])[1]["busy_seconds"] == 0)
+        stream.sendall(f"POST {PULL} HTTP/1.1\r\nhost: x\r\n{head}{begin}".encode())
+        until(lambda: [heard.body for heard in place.upstream.heard] == [b"x"])
+        assert hello(place, place.keys["elk"])[1]["busy_seconds"] == 0
     until(lambda: hello(place, place.keys["elk"])[1]["busy_seconds"] > 0)
     assert not any(heard.whole for heard in place.upstream.heard)
 
@@ -660,8 +720,14 @@ def test_what_is_refused_does_not_make_a_key_busy(place):
 
 
 def test_a_deactivation_that_failed_leaves_the_key_busy(place):
-    with gate(place.folder, f"127.0.0.1:{free_port()}") as address:
-        assert post(place, DEACTIVATE, address=address).status_code == 503
+    def refuse(handler, heard):
+        handler.send_error(412)
+
+    with (
+        superlink(place.folder, refuse) as upstream,
+        gate(place.folder, upstream.address) as address,
+    ):
+        assert post(place, DEACTIVATE, address=address).status_code == 412
         assert hello(place, place.keys["owl"], address)[1]["busy_seconds"] is not None
 
 
@@ -731,12 +797,6 @@ def test_a_damaged_federation_is_told_before_anything_listens(tmp_path, name):
         start()
     (tmp_path / name).write_bytes(whole)
     start()
-
-
-def test_files_are_named_as_the_federation_names_them():
-    from clfed.deploy import federation
-
-    assert (proxy.SETTINGS, proxy.NODES) == (federation.SETTINGS, federation.NODES)
 
 
 GATE = [sys.executable, "-m", "clfed.deploy.gate"]

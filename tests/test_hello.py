@@ -101,6 +101,12 @@ def test_an_invited_node_is_welcome(place):
     assert place.upstream.heard[-1].path == DEACTIVATE  # hello itself goes no further than the gate
 
 
+def test_a_proxy_of_this_machine_has_no_part_in_it(place, monkeypatch):
+    for name in ("HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    say_hello(invitation(place), wait=5)
+
+
 def test_a_node_that_left_as_it_should_may_come_back_at_once(place):
     post(place, PULL)
     post(place, DEACTIVATE)
@@ -245,7 +251,7 @@ json_values = st.recursive(
     st.dictionaries(st.sampled_from([*GOOD]), json_values, max_size=6),
     st.sampled_from([200, 401, 403]),
 )
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_no_answer_upsets_the_node(owl, changes, status):
     """Each is taken for what it is or refused with one of the documented errors."""
     body = json.dumps(GOOD | changes).encode()
@@ -280,6 +286,17 @@ def trickling(handler):
     for _ in range(60):
         handler.wfile.write(b"x: y\r\n")
         time.sleep(0.05)
+
+
+def test_an_answer_without_end_is_not_read_to_its_end(place):
+    def endless(handler):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        for _ in range(1000):
+            handler.wfile.write(b"1000\r\n" + b"x" * 4096 + b"\r\n")
+            time.sleep(0.01)
+
+    with answering(place, endless) as address, pytest.raises(InvalidMessage):
+        say_hello(invitation(place, address=address), wait=3)
 
 
 @pytest.mark.parametrize(

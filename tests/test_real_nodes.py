@@ -3,10 +3,12 @@
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sqlite3
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from federations import WORLD, Site, draw, encoder
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from fuzz import corpus
 
+import clfed
+import clfed.strategies
 from clfed.deploy.federation import Federation, Rules
 from clfed.deploy.store import Store
 from clfed.errors import (
@@ -582,3 +586,29 @@ def test_federation_folders_refuse_what_does_not_fit(tmp_path):
         settings.write_text(damaged)
         with pytest.raises(ClfedError, match=r"settings|schema"):
             Federation.open(folder)
+
+
+ROOMS = ("backbones", "commands", "deploy", "federated", "prototypes")
+FORBIDDEN = ("pickle", "torch.save", "torch.load", "marshal", "shelve", "dill", "joblib", "eval(")
+
+
+def test_no_pickle_on_the_wire_or_on_disk(tmp_path):
+    root = Path(clfed.__file__).parent
+    sources = [path for room in ROOMS for path in (root / room).rglob("*.py")]
+    sources += Path(clfed.strategies.__file__).parent.glob("*.py")
+    assert len(sources) > 60
+    found = [
+        f"{path.name}: {word}"
+        for path in sources
+        for word in FORBIDDEN
+        if word in re.sub(r"safetensors\.torch\.|\.eval\(", "", path.read_text())
+    ]
+    assert not found
+    site = Site(tmp_path)
+    site.round(2)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".json", ".db", ".pem", ".key"}
+    for path in files:
+        data = path.read_bytes()
+        assert not data.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"))
+        assert b"data.pkl" not in data

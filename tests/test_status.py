@@ -212,7 +212,7 @@ def test_requests_tell_who_is_awaited(birds):
     assert done["confirmed"] == {"a": 4, "b": 4, "e": 0} and done["finished"] > done["applied"]
     assert open_["state"] == "applied" and open_["what"] == [birds.picture]
     assert open_["origin"] == "a" and open_["kind"] == "picture"
-    assert open_["confirmed"] == {"a": 1} and open_["awaited"] == ["b", "c", "e"]
+    assert open_["confirmed"] == {"a": 1} and open_["awaited"] == ["b", "e"]
     assert new["state"] == "waiting" and new["what"] == "e" and new["applied"] is None
 
 
@@ -369,7 +369,7 @@ def test_ages_are_in_words(seconds, text):
 
 def test_requests_are_in_words(birds):
     text = " ".join(text_of(federation_view(federation_status(birds.folder)), 200).split())
-    assert "confirmed by 1 of 4, not by b, c, e" in text
+    assert "confirmed by 1 of 3, not by b, e" in text
     assert "waits for the next round" in text and "ago, 8 examples" in text
 
 

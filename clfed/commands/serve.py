@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from clfed.deploy.federation import Federation
+    from clfed.deploy.serving import Pace
 
 SENTENCE = "serve a federation: rounds that go on whatever happens"
 
@@ -27,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wandb", action="store_true", help="send accounts to Weights & Biases, or record them"
     )
+    parser.add_argument(
+        "--local",
+        nargs="+",
+        metavar="NAME=FOLDER",
+        help="rehearse on this machine: nodes in this process, no network, one round by default",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -37,8 +50,6 @@ def run(args: argparse.Namespace) -> None:
     from clfed.deploy.superlink import serve
 
     federation = Federation.open(args.folder)
-    _, port = parse_address(federation.address)
-    listen = ("0.0.0.0", port) if args.listen is None else parse_address(args.listen)
     pace = Pace(
         every=args.every,
         patience=args.patience,
@@ -46,9 +57,40 @@ def run(args: argparse.Namespace) -> None:
         gather=args.gather,
         rounds=args.rounds,
     )
+    if args.local:
+        _rehearse(federation, args.local, pace)
+        return
+    _, port = parse_address(federation.address)
+    listen = ("0.0.0.0", port) if args.listen is None else parse_address(args.listen)
     follow = Tail(federation.folder / "server.log")
     sys.stdout.write(f"Serving {federation.name} at {federation.address}; Ctrl-C ends it.\n")
+    sys.stdout.flush()
     serve(federation, pace, listen, wandb=args.wandb, tick=follow.show)
+
+
+def _rehearse(federation: Federation, named: list[str], pace: Pace) -> None:
+    from clfed.deploy.rehearsal import rehearse
+    from clfed.errors import ConfigError
+
+    parts = [word.partition("=") for word in named]
+    folders = {name: Path(folder) for name, _, folder in parts}
+    if not all(name and folder for name, _, folder in parts) or len(folders) < len(parts):
+        raise ConfigError(
+            f"Expected NAME=FOLDER with names of their own after --local, got {named}."
+        )
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("clfed").setLevel(logging.INFO)
+    rounds = pace.rounds if pace.rounds is not None else last_round(federation) + 1
+    rehearse(federation, folders, replace(pace, rounds=rounds, nodes=len(folders)))
+
+
+def last_round(federation: Federation) -> int:
+    """Return the number of the last round that a federation has finished."""
+    store = federation.store()
+    try:
+        return store.last_round()
+    finally:
+        store.close()
 
 
 class Tail:

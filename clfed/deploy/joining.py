@@ -47,7 +47,7 @@ def join(
         invitation: Who one is, and whom to trust.
         folder: Pictures, ``FOLDER/CLASS/*.png``.
         directory: The node's state directory; made where it is absent.
-        wait: Longest wait for the server at the start, seconds.
+        wait: Longest wait for the server, at the start and when it was lost, seconds.
         tick: Called about twice a second.
 
     Raises:
@@ -77,7 +77,7 @@ def join(
 
         agent = Agent(directory, handle)
         try:
-            _stay(invitation, directory, config, agent, tick)
+            _stay(invitation, directory, config, agent, wait, tick)
         finally:
             agent.close()
 
@@ -87,6 +87,7 @@ def _stay(
     directory: Path,
     config: dict[str, str],
     agent: Agent,
+    wait: float,
     tick: Callable[[], None],
 ) -> None:
     """Keep a SuperNode running."""
@@ -110,7 +111,7 @@ def _stay(
                 remedy=f"Look at {directory / 'supernode.log'}.",
             )
         time.sleep(3)
-        say_hello(invitation)
+        say_hello(invitation, wait=wait)
 
 
 def _supernode(invitation: Invitation, directory: Path, config: dict[str, str]) -> Child:

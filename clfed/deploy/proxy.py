@@ -25,6 +25,7 @@ from clfed import __version__
 from clfed.deploy.address import parse_address
 from clfed.deploy.hello import HELLO
 from clfed.deploy.keys import AUTHORITY
+from clfed.deploy.layout import NODES, SETTINGS
 from clfed.deploy.signing import Keys, Refused, claim
 from clfed.errors import InvalidMessage, MissingData
 
@@ -33,7 +34,6 @@ logger = logging.getLogger(__name__)
 LIMIT = 2**30  # bytes of one request
 STALL = 60.0  # seconds without a byte, in either direction
 LONGEST = 600.0  # seconds for one request, and again for its answer
-SETTINGS, NODES = "federation.json", "nodes"
 POOL = 100  # connections to the SuperLink at a time
 # The SuperLink closes connections that are unused for 5 s; none must be taken up just then.
 _IDLE = 3.0

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 
 from clfed.deploy.federation import Federation
@@ -77,13 +78,13 @@ class Requests:
         before: str | None,
     ) -> None:
         request, ledger_before = asked.request, asked.ledger_before or self._store.ledger_sha256()
-        subtracted = json.loads(asked.subtracted or "{}")
-        for name, number in examples.items():
-            subtracted[name] = subtracted.get(name, 0) + number
+        subtracted = Counter(json.loads(asked.subtracted or "{}"))
+        subtracted.update(examples)
+        itself = True
         if request.kind == "contributor":
             ledger.forget_contributor(request.contributor)
-        elif ledger.moments == "shared":
-            subtracted = {}  # the nodes send rows and moments without the class
+        elif request.kind == "picture" or ledger.moments == "shared":
+            itself = False  # the nodes send rows and moments without what is meant
         else:
             for name in request.classes:
                 ledger.forget_class(name)
@@ -95,7 +96,7 @@ class Requests:
                 time.time(),
                 before,
                 ledger_before,
-                json.dumps(subtracted, sort_keys=True),
+                json.dumps(subtracted, sort_keys=True) if itself else None,
                 request.id,
             )
 
@@ -181,9 +182,8 @@ class Requests:
             )
 
     def _close(self, identity: str) -> None:
-        (asked,) = [one for one in self._store.requests() if one.request.id == identity]
         try:
-            self._certify(asked)
+            self._certify(*self._store.requests(identity))
         except CertificateError as error:  # mended by hand; until then the request stays open
             logger.error("Request %s has no certificate yet: %s", identity, error)
             return
@@ -192,7 +192,7 @@ class Requests:
 
     def _certify(self, asked: Asked) -> None:
         confirmed = self._store.confirmations(asked.request.id)
-        removed = json.loads(asked.subtracted or "{}") or confirmed
+        removed = confirmed if asked.subtracted is None else json.loads(asked.subtracted)
         removed = {node: number for node, number in removed.items() if number}
         rules = self._federation.rules
         certify(

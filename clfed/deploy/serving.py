@@ -232,6 +232,7 @@ class Server:
                     examples=share.total_count,
                     last_seen=time.time(),
                     pictures=found.status.get("pictures"),
+                    holds=_text(found.status, "holds"),
                     note=_note(found),
                 )
             elif refused:
@@ -246,8 +247,7 @@ class Server:
             self._unbriefed.append(node)
         elif found is not None:
             self._answered.append(node)
-            if found.status.get("lacks-memory"):
-                self.strategy.held(node, "")
+            self.strategy.held(node, _text(found.status, "holds"))
 
     def _waiting(self, nodes: list[int], seconds: float) -> None:
         names = ", ".join(self.strategy.name_of(node) for node in nodes)
@@ -293,6 +293,11 @@ def _kept(reply: Message) -> str | None:
     status = reply.content.get("status") if reply.has_content() else None
     sha256 = status.get("sha256") if isinstance(status, ConfigRecord) else None
     return sha256 if isinstance(sha256, str) and "rows" not in reply.content else None
+
+
+def _text(status: ConfigRecord, key: str) -> str:
+    value = status.get(key)
+    return value if isinstance(value, str) else ""
 
 
 def _note(found: Intake) -> str:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ class Asked:
         finished: When every awaited node held such a memory, and the certificate was written.
         ledger_before: Digest of the ledger before.
         ledger_after: Digest of the ledger when the merged memory was clear.
-        subtracted: JSON, the number of examples that the server itself subtracted, by node.
+        subtracted: JSON, the number of examples that the server itself subtracted, by node; None
+            where only the nodes can.
         cleared: When every awaited node had confirmed; None before.
     """
 
@@ -244,14 +246,16 @@ class Store:
             )
         return not known
 
-    def requests(self) -> list[Asked]:
-        """Return all requests to forget, in the order in which they came."""
+    def requests(self, identity: str | None = None) -> list[Asked]:
+        """Return all requests to forget, or the one of an id, in the order in which they came."""
         return [
             Asked(
-                Request.parse(json.loads(row["content"])),
+                _parsed(row["content"]),
                 *(row[key] for key in [*Asked.__dataclass_fields__][1:]),
             )
-            for row in self.execute("SELECT * FROM requests ORDER BY rowid")
+            for row in self.execute(
+                "SELECT * FROM requests WHERE ?1 IS NULL OR id = ?1 ORDER BY rowid", identity
+            )
         ]
 
     def confirmed(self, node: str) -> dict[str, int]:
@@ -296,3 +300,8 @@ class Store:
                 f"Expected to use {self.path}, got: {error}.",
                 remedy="Free some space, and check that the file is writable and undamaged.",
             ) from error
+
+
+@lru_cache(maxsize=4096)  # the book is read for every message
+def _parsed(content: str) -> Request:
+    return Request.parse(json.loads(content))

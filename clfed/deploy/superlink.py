@@ -24,8 +24,15 @@ from filelock import FileLock, Timeout
 from flwr.serverapp import Grid
 
 from clfed import __version__
+from clfed.deploy.address import parse_address
 from clfed.deploy.federation import Federation
-from clfed.deploy.keys import AUTHORITY, SERVER, SERVER_KEY
+from clfed.deploy.keys import (
+    AUTHORITY,
+    SERVER,
+    SERVER_KEY,
+    days_left,
+    issue_server_certificate,
+)
 from clfed.deploy.layout import FLOWER
 from clfed.deploy.processes import Child, call, environment, program
 from clfed.deploy.serving import Pace, Report, Server
@@ -34,6 +41,7 @@ from clfed.errors import ClfedError, FederationError, by_code
 from clfed.files import write_file
 
 logger = logging.getLogger(__name__)
+RENEW = 30.0  # days
 START = 90.0  # seconds that the SuperLink or the run may take to start
 _NAME = "clfed"
 _APP = f"""\
@@ -101,6 +109,7 @@ def serve(
         folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(_alone(places.lock, federation.folder))
+        renew_certificate(federation)
         store = federation.store()
         stack.callback(store.close)
         env = environment(places.home)
@@ -126,6 +135,19 @@ def serve(
             time.sleep(0.5)
         tick()
         _raise_failure(places, pace, store)
+
+
+def renew_certificate(federation: Federation) -> None:
+    """Issue a new server certificate where the old one has less than thirty days left.
+
+    Raises:
+        ExpiredCertificate: The federation's authority itself is at its end.
+    """
+    folder = federation.folder
+    if days_left((folder / SERVER).read_bytes()) < RENEW:
+        host, _ = parse_address(federation.address)
+        issue_server_certificate(folder, [host], renew=True)
+        logger.info("Renewed the server's certificate.")
 
 
 def run_app(grid: Grid, folder: Path, pace: Pace, *, wandb: bool = False) -> None:

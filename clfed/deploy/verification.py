@@ -51,6 +51,9 @@ def verify(path: Path, certificate: Certificate, *, public_key: str | None = Non
             checks += _at_server(directory, certificate, request)
         elif place == NODE and (directory / STATE).is_file():
             checks += _at_node(directory, certificate, request)
+        elif place not in (SERVER, NODE):
+            told = f"Expected the certificate of a server or a node, got one of {place!r}."
+            checks.append(Check("place", False, told))
         else:
             told = f"No {place} lies around it, so only the certificate itself was looked at."
             checks.append(Check("place", True, told))
@@ -82,9 +85,10 @@ def _at_server(folder: Path, certificate: Certificate, request: Request) -> Iter
         ("memory after", certificate.statistics_to, asked.after),
     ):
         yield equal(what, f"digest of the {what}", stated or "none", found or "none")
-    missing = {*certificate.settings.get("confirmed", [])} - confirmed.keys()
-    told = f"of {', '.join(sorted(missing))} are missing" if missing else "are all there"
-    yield Check("confirmations", not missing, f"The confirmations {told}.")
+    stated = certificate.settings.get("confirmed")
+    there = isinstance(stated, list) and all(name in [*confirmed] for name in stated)
+    told = "are in the book" if there else "are not all in the book"
+    yield Check("confirmations", there, f"The confirmations of nodes {told}.")
     left = sum(examples_of(ledger, request).values())
     yield Check("ledger", not left, f"The ledger holds {left} examples of what was forgotten.")
     memory = Bundle.load(folder / BUNDLE).memory

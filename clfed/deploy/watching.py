@@ -220,24 +220,25 @@ def _account(db: sqlite3.Connection, number: int) -> list[Row]:
 
 
 def _requests(db: sqlite3.Connection) -> list[Row]:
-    seen = {row["name"] for row in _rows(db, "SELECT name FROM nodes WHERE last_seen IS NOT NULL")}
     confirmed: dict[str, dict[str, int]] = {}
     for row in _rows(db, "SELECT request, node, removed FROM confirmations ORDER BY node"):
         confirmed.setdefault(row["request"], {})[row["node"]] = row["removed"]
+    awaited: dict[str, list[str]] = {}
+    for row in _rows(db, "SELECT request, node FROM awaited ORDER BY node"):
+        awaited.setdefault(row["request"], []).append(row["node"])
     requests = []
     for row in _rows(
         db, "SELECT content, origin, received, applied, finished FROM requests ORDER BY rowid"
     ):
         asked = named_thing(json.loads(row.pop("content")))
         state = "finished" if row["finished"] else "applied" if row["applied"] else "waiting"
-        done = confirmed.get(asked["id"], {})
         requests.append(
             {
                 **asked,
                 **row,
                 "state": state,
-                "confirmed": done,
-                "awaited": [] if state == "finished" else sorted(seen - done.keys()),
+                "confirmed": confirmed.get(asked["id"], {}),
+                "awaited": awaited.get(asked["id"], []),
             }
         )
     return requests

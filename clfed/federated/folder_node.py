@@ -35,7 +35,6 @@ from clfed.federated.bundle import BUNDLE, Bundle
 from clfed.federated.certificates import certify_node
 from clfed.federated.forgetting import CarriedOut, carried_out, is_done, sendable
 from clfed.federated.node import Node, brief
-from clfed.federated.outbox import outbox_of as outbox_of  # noqa: PLC0414 (node_status)
 from clfed.federated.outbox import settle, waiting
 from clfed.federated.pictures import Album
 from clfed.federated.records import config, config_record, integer, text
@@ -276,7 +275,6 @@ class FolderNode(Node):
             requests=json.dumps([request.plain() for request in outbox]),
             pictures=len(self.state.album.files),
             unreadable=len(self.state.album.unreadable),
-            lacks_memory=not (self.directory / BUNDLE).is_file(),
             holds=held_memory(self.directory),
         )
 
@@ -297,12 +295,15 @@ def read_state(directory: Path) -> FolderState | None:
 
 
 def held_memory(directory: Path) -> str:
-    """Return the digest of the merged memory in a node's bundle, "" where none can be read."""
+    """Return the digest of the merged memory in a node's bundle, "none" where there is no bundle.
+
+    A bundle may be older than the state beside it, or damaged; then the server sends another one.
+    """
     try:
         with safe_open(directory / BUNDLE, "pt") as bundle:
             return hashlib.sha256(bundle.get_tensor("memory").numpy().tobytes()).hexdigest()
     except (FileNotFoundError, SafetensorError):
-        return ""
+        return "none"  # Flower cannot measure an empty text
 
 
 def hold(directory: Path) -> FileLock:
