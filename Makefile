@@ -15,7 +15,7 @@ test: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(MAKE) types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 ## endurance: kill real servers and nodes; some 20 minutes
 endurance: $(VENV)/.tested

@@ -24,7 +24,8 @@ from clfed.errors import CertificateError, RequestError
 from clfed.federated.bundle import BUNDLE, Bundle
 from clfed.federated.certificates import certify, places
 from clfed.federated.client_app import app
-from clfed.federated.folder_node import STATE, FolderNode, FolderState, read_state
+from clfed.federated.folder_node import FolderNode
+from clfed.federated.folder_state import STATE, FolderState, read_state
 from clfed.federated.forgetting import (
     MESSAGE_REQUESTS,
     REQUEST_BYTES,

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         RunFolderError: It cannot be written.
     """
     from clfed.deploy.layout import SETTINGS
-    from clfed.federated.folder_node import STATE
+    from clfed.federated.folder_state import STATE
     from clfed.federated.forgetting import check_asked
 
     at_server = (args.where / SETTINGS).is_file()
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _requests(args: argparse.Namespace) -> list[Request]:
-    from clfed.federated.folder_node import read_state
+    from clfed.federated.folder_state import read_state
     from clfed.federated.forgetting import new_id
     from clfed.unlearning.requests import KEYS, Request, read_requests
 
@@ -172,7 +172,7 @@ def _ask_server(folder: Path, requests: list[Request]) -> list[str]:
 
 
 def _ask_node(directory: Path, requests: list[Request]) -> list[str]:
-    from clfed.federated.folder_node import read_state
+    from clfed.federated.folder_state import read_state
     from clfed.federated.outbox import outbox_of, put
 
     state = read_state(directory)

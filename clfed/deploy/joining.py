@@ -13,8 +13,7 @@ from flwr.app import Context, RecordDict
 from clfed.deploy.address import parse_address
 from clfed.deploy.hello import say_hello
 from clfed.deploy.invitation import Invitation
-from clfed.deploy.processes import Child, environment, program
-from clfed.deploy.superlink import free_port
+from clfed.deploy.processes import Child, environment, free_port, program
 from clfed.errors import (
     EmbeddingMismatch,
     FederationError,
@@ -22,7 +21,7 @@ from clfed.errors import (
     VersionMismatch,
 )
 from clfed.federated.answering import answer
-from clfed.federated.folder_node import hold
+from clfed.federated.folder_state import hold
 from clfed.federated.relay import Agent
 from clfed.files import write_file
 

@@ -12,7 +12,7 @@ from typing import Any
 from clfed.deploy.watching import named_thing
 from clfed.errors import MissingData, RequestError
 from clfed.federated.bundle import BUNDLE, Bundle
-from clfed.federated.folder_node import STATE, FolderState, read_state
+from clfed.federated.folder_state import STATE, FolderState, read_state
 from clfed.federated.outbox import outbox_of
 from clfed.files import read_file
 from clfed.unlearning.requests import Request

@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -82,6 +83,13 @@ def call(command: Sequence[str], env: Mapping[str, str], *, timeout: float = 120
             f"{words[-600:]}"
         )
     return done.stdout
+
+
+def free_port() -> int:
+    """Return a port of this machine that nothing uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Child:

@@ -16,7 +16,7 @@ from clfed.deploy.requests import examples_of
 from clfed.errors import ClfedError
 from clfed.federated.bundle import BUNDLE, Bundle
 from clfed.federated.certificates import NODE, SERVER, before
-from clfed.federated.folder_node import STATE, read_state
+from clfed.federated.folder_state import STATE, read_state
 from clfed.federated.forgetting import is_shut_out
 from clfed.unlearning.certificate import Certificate
 from clfed.unlearning.requests import Request

@@ -47,7 +47,7 @@ def answer_alone(action: str, content: RecordDict, context: Context) -> RecordDi
     directory = context.node_config.get("state-dir")
     if directory is None:
         return answer(action, content, context)
-    from clfed.federated.folder_node import hold
+    from clfed.federated.folder_state import hold
 
     with hold(Path(str(directory))):
         return answer(action, content, context)

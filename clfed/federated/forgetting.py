@@ -20,7 +20,7 @@ from clfed.prototypes.tables import checked_names
 from clfed.unlearning.requests import KEYS, Kind, Request
 
 if TYPE_CHECKING:
-    from clfed.federated.folder_node import FolderState
+    from clfed.federated.folder_state import FolderState
     from clfed.federated.pictures import Album
 
 # One request of 15,000 pictures, or a hundred of usual ones; what is more waits for the next round.

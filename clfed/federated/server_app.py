@@ -23,8 +23,8 @@ def main(grid: Grid, context: Context) -> None:
     """Run the configured job; ``--run-config 'overrides="data=digits seed=1"'`` sets it."""
     folder = str(context.run_config.get("federation", ""))
     if folder:
+        from clfed.deploy.flower_run import run_app
         from clfed.deploy.serving import Pace
-        from clfed.deploy.superlink import run_app
 
         pace = json.loads(str(context.run_config.get("pace", "")) or "{}")
         wandb = bool(context.run_config.get("wandb", False))

@@ -31,11 +31,11 @@ def main() -> None:
     from deployments import Deployment
     from federations import folders
 
-    from clfed.deploy import superlink
+    from clfed.deploy import flower_run, superlink
     from clfed.deploy.address import parse_address
     from clfed.deploy.serving import Pace
 
-    superlink._APP = superlink._APP.replace(
+    flower_run._APP = flower_run._APP.replace(
         "clfed.federated.server_app:app", "merge_round_app:server"
     ).replace("clfed.federated.client_app:app", "merge_round_app:client")
     with tempfile.TemporaryDirectory() as folder:

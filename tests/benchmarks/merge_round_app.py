@@ -32,8 +32,8 @@ def main(grid: Grid, context: Context) -> None:
     from filelock import FileLock
 
     from clfed.deploy.federation import Federation
+    from clfed.deploy.flower_run import Places
     from clfed.deploy.serving import Pace, Server
-    from clfed.deploy.superlink import Places
     from clfed.federated.grid import Mailbox
 
     root = Path(os.environ["MERGE_ROUND_ROOT"])
