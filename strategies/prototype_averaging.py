@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 
 from clfed.errors import ClfedError, ConfigError, InvalidMessage
 from clfed.federated.intake import Intake, Limits, take_in
-from clfed.federated.node import digest
+from clfed.federated.node import digest, sendable
 from clfed.federated.wire import encode_memory
 from clfed.prototypes import MERGES, Contribution, ContributorLedger, PrototypeMemory
 from clfed.prototypes.contribution import DEFAULT_CAP
@@ -64,6 +64,8 @@ class PrototypeAveraging(TrainOnly):
         briefing: Records that a node needs once, e.g. settings and encoder.
         cap: Largest number of examples of one class that a node may claim.
         limits: What one message may hold at most.
+        message_bits: Bits of an entry of a sum on the way to the server: 4, 8 or 16, rounded;
+            None for exact sums.
         options: Of :class:`~clfed.strategies.base.TrainOnly`.
     """
 
@@ -76,6 +78,7 @@ class PrototypeAveraging(TrainOnly):
         briefing: Mapping[str, ArrayRecord | ConfigRecord] | None = None,
         cap: int = DEFAULT_CAP,
         limits: Limits | None = None,
+        message_bits: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -83,6 +86,8 @@ class PrototypeAveraging(TrainOnly):
             raise ConfigError(f"merge must be one of {', '.join(MERGES)}, got {merge!r}.")
         self.ledger = ContributorLedger(empty.dim, empty.embedding_id, empty.moments, cap=cap)
         self.limits = limits or Limits()
+        self._bits = message_bits or 0
+        sendable(empty, self._bits)  # refuses what cannot be rounded
         self._reserved = None if initial is None else initial.contributor
         if initial is not None:
             self.ledger.receive(initial)
@@ -131,6 +136,7 @@ class PrototypeAveraging(TrainOnly):
                 **head,
                 "acknowledged": self.ledger.version_of(contributor),
                 "held": digest(self.ledger.share(contributor)),
+                "bits": self._bits,
             }
         )
         content = RecordDict({"round": entries})

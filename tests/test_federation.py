@@ -8,7 +8,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from clfed.backbones import Encoder, Identity
-from clfed.errors import FederationError
+from clfed.errors import ConfigError, FederationError, UnsupportedStatistics
 from clfed.federated import node as node_module
 from clfed.federated.client_app import app
 from clfed.federated.field import field_settings, names, open_field
@@ -16,7 +16,7 @@ from clfed.federated.grid import LocalGrid, exchange
 from clfed.federated.node import briefing
 from clfed.federated.rounds import run_rounds
 from clfed.federated.wire import decode_memory, encode_contribution, encode_memory
-from clfed.prototypes import Contribution, PrototypeMemory
+from clfed.prototypes import Contribution, PrototypeMemory, compress, expand
 from clfed.strategies import PrototypeAveraging
 
 DATA = {
@@ -337,3 +337,44 @@ def test_flowers_own_simulation_gives_the_same_bytes(settings, encoder, tmp_path
         nodes=4,
     )
     assert strategy.memory == pooled(settings, encoder)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("grid", [LocalGrid, Lossy])
+def test_rounded_messages_merge_what_was_sent(settings, encoder, tmp_path, bits, grid):
+    strategy, unreliable = federation(
+        settings, encoder, tmp_path, grid=grid, message_bits=bits, cap=100
+    )
+    ups = []
+    run(strategy, unreliable, after=lambda report, arrays: ups.append(report.up))
+    exact = pooled(settings, encoder)
+    own = []
+    field = open_field(settings)
+    support = field.embed(field.plan.support, encoder)
+    empty = PrototypeMemory.empty(encoder.dim, encoder.embedding_id)
+    for node in range(4):
+        met = field.plan.met(3, node)
+        seen = empty.observe(support[met], names(field.plan.support, met))
+        own.append(expand(compress(seen, bits)))
+    assert strategy.memory == sum(own, start=empty)
+    assert (strategy.memory.counts == exact.counts).all()
+    assert strategy.memory != exact
+    error = float((strategy.memory.prototypes() - exact.prototypes()).abs().max())
+    assert error < 16.5 / 2**bits * 4  # pixels of 0 to 16, at most four nodes a class
+
+
+def test_rounded_messages_are_smaller(settings, encoder, tmp_path):
+    ups = {}
+    for bits in (None, 8, 4):
+        strategy, grid = federation(settings, encoder, tmp_path, message_bits=bits)
+        total = []
+        run(strategy, grid, after=lambda report, arrays, total=total: total.append(report.up))
+        ups[bits] = sum(total)
+    assert ups[4] < ups[8] < ups[None]
+
+
+def test_what_cannot_be_rounded_is_refused_before_a_round(settings, encoder, tmp_path):
+    with pytest.raises(ConfigError, match="4, 8 or 16 bits"):
+        federation(settings, encoder, tmp_path, message_bits=5)
+    with pytest.raises(UnsupportedStatistics, match="second moments"):
+        federation(settings, encoder, tmp_path, moments="shared", message_bits=8)

@@ -17,7 +17,7 @@ from clfed.federated.wire import (
     encode_memory,
     narrow,
 )
-from clfed.prototypes import Contribution, PrototypeMemory
+from clfed.prototypes import Contribution, PrototypeMemory, compress, expand
 
 
 def memory(moments="none", seed=0, count=25, dim=64, classes=5, size=1.0):
@@ -137,3 +137,31 @@ def test_pickled_arrays_are_never_opened():
 def test_records_keep_their_arrays_apart():
     assert isinstance(encode_memory(memory()), ArrayRecord)
     assert set(encode_memory(memory("class"))) == {"head", "counts", "sums", "outer"}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_flipped_bytes_of_rounded_rows_never_crash(data):
+    exact = PrototypeMemory.empty(5, "e").observe(torch.randn(6, 5), ["a", "b", "c"] * 2)
+    rounded = expand(compress(exact, 4))
+    record = encode_contribution(Contribution.of("n", 3, rounded), bits=4)
+    assert decode_contribution(record).memory() == rounded
+    name = data.draw(st.sampled_from(sorted(record)))
+    raw = bytearray(record[name].data)
+    raw[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
+    whole = record[name]
+    arrays = dict(record) | {name: Array(whole.dtype, whole.shape, whole.stype, bytes(raw))}
+    try:
+        decode_contribution(ArrayRecord(arrays)).validate()
+    except InvalidMessage:
+        return
+
+
+@pytest.mark.parametrize("bits", [0, 3, "4", None, True])
+def test_rounded_rows_say_how_many_bits(bits):
+    exact = PrototypeMemory.empty(5, "e").observe(torch.ones(1, 5), ["a"])
+    record = encode_contribution(Contribution.of("n", 3, expand(compress(exact, 4))), bits=4)
+    head = json.loads(record["head"].numpy().tobytes()) | {"bits": bits}
+    text = np.frombuffer(json.dumps(head).encode(), np.uint8)
+    with pytest.raises(InvalidMessage):
+        decode_contribution(ArrayRecord(dict(record) | {"head": Array(text)}))

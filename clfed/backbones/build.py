@@ -16,8 +16,8 @@ from clfed.errors import ConfigError, EncoderError
 FORMAT = 1
 LARGEST = 2**22  # numbers in one image, a bound on what bytes from a network may ask for
 KEYS = {"format", "backbone", "input_shape", "mean", "std", "feature_map"}
-BACKBONES = "clfed.backbones"
-FEATURES = "clfed.prototypes.features"
+BACKBONES = ("clfed.backbones",)
+FEATURES = ("clfed.prototypes.features", "clfed.prototypes.sketch")
 
 FeatureMap = Callable[[Tensor], Tensor]
 
@@ -48,14 +48,14 @@ def check_metadata(meta: Mapping[str, Any]) -> None:
         )
 
 
-def _safe_object(config: Any, package: str) -> Callable[..., Any]:
+def _safe_object(config: Any, packages: tuple[str, ...]) -> Callable[..., Any]:
     """Return the class or function that a configuration names, if it is one of ours."""
     from hydra.utils import get_object
 
     target = config.get("_target_") if isinstance(config, Mapping) else None
-    if not isinstance(target, str) or not target.startswith(f"{package}."):
+    if not isinstance(target, str) or not target.startswith(tuple(f"{p}." for p in packages)):
         raise EncoderError(
-            f"An encoder may only be built from {package}, got {target!r}.",
+            f"An encoder may only be built from {' or '.join(packages)}, got {target!r}.",
             remedy="Do not use this encoder: it may come from somebody who means harm.",
         )
     try:
@@ -64,8 +64,8 @@ def _safe_object(config: Any, package: str) -> Callable[..., Any]:
         raise EncoderError(f"{target} is not known here.") from error
     # A module of ours also leads to everything that it imports.
     home = str(getattr(found, "__module__", ""))
-    if not callable(found) or not home.startswith(package):
-        raise EncoderError(f"{target} is not defined in {package}.")
+    if not callable(found) or not home.startswith(packages):
+        raise EncoderError(f"{target} is not defined in {' or '.join(packages)}.")
     return cast(Callable[..., Any], found)
 
 

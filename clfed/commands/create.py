@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="let nodes that hold a class vote on its mean, instead of the exact sum",
     )
+    parser.add_argument(
+        "--bits",
+        type=int,
+        choices=(4, 8, 16),
+        help="round the sums that nodes send; exact if omitted",
+    )
     parser.add_argument("--norm", type=float, help="longest mean embedding a node may send")
     parser.add_argument(
         "overrides",
@@ -46,7 +52,12 @@ def run(args: argparse.Namespace) -> None:
     from clfed.deploy.founding import Founding, embedding
 
     Federation.refuse_existing(args.folder)
-    rules = {"moments": args.moments, "robust": args.robust, "norm": args.norm}
+    rules = {
+        "moments": args.moments,
+        "robust": args.robust,
+        "norm": args.norm,
+        "message_bits": args.bits,
+    }
     found: Founding = embedding(args.encoder, args.overrides)
     federation = Federation.create(
         args.folder,

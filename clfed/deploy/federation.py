@@ -30,6 +30,7 @@ from clfed.deploy.layout import SETTINGS_SCHEMA as SCHEMA
 from clfed.deploy.store import Store
 from clfed.errors import InvalidMessage, MissingData, RunFolderError, VersionMismatch
 from clfed.federated.intake import Limits
+from clfed.federated.node import sendable
 from clfed.files import read_file, write_file
 from clfed.prototypes import ContributorLedger, PrototypeMemory
 from clfed.prototypes.contribution import DEFAULT_CAP, check_contributor
@@ -50,6 +51,7 @@ class Rules:
             ``"median"`` or ``"trimmed"``, see :func:`clfed.prototypes.robust.robust_total`.
         trim: Share that ``"trimmed"`` leaves out on each side.
         norm: Longest mean embedding that a node may send unshortened; None: any.
+        message_bits: Bits of an entry of a sum on the way to the server; None: exact sums.
         threshold: Score below which a picture is of no known class; None: nothing is unknown.
     """
 
@@ -59,6 +61,7 @@ class Rules:
     robust: str = "none"
     trim: float = 1 / 3
     norm: float | None = None
+    message_bits: int | None = None
     threshold: float | None = None
 
 
@@ -95,6 +98,7 @@ class Federation:
         host, _ = parse_address(address)
         rehearsal = ContributorLedger(1, "rehearsal", rules.moments, cap=rules.cap)
         robust_total(rehearsal, rules.robust, trim=rules.trim, norm=rules.norm)
+        sendable(rehearsal.total, rules.message_bits or 0)
         cls.refuse_existing(folder)
         try:
             (folder / NODES).mkdir(parents=True, exist_ok=True)

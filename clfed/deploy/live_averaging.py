@@ -41,6 +41,7 @@ class LiveAveraging(PrototypeAveraging):
             empty,
             cap=rules.cap,
             limits=rules.limits,
+            message_bits=rules.message_bits,
             briefing=briefing(settings, encoder),
             session=federation.id,
         )

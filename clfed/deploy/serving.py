@@ -107,10 +107,13 @@ class Server:
                 acknowledged is there.
         """
         self._wait_for_nodes()
+        waiting = False
         while self.pace.rounds is None or self._number <= self.pace.rounds:
             start = time.monotonic()
-            if self.round() is None:
+            lonely = self.round() is None
+            if lonely and not waiting:
                 logger.info("No node is connected; waiting for nodes.")
+            waiting = lonely
             if self.pace.rounds is None or self._number <= self.pace.rounds:
                 time.sleep(max(0.0, self.pace.every - (time.monotonic() - start)))
 
@@ -246,7 +249,8 @@ class Server:
         elif found is not None and not found.briefed:
             self._unbriefed.append(node)
         elif found is not None:
-            self._answered.append(node)
+            if node not in self._answered:  # a reply may come twice
+                self._answered.append(node)
             self.strategy.held(node, _text(found.status, "holds"))
 
     def _waiting(self, nodes: list[int], seconds: float) -> None:

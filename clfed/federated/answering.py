@@ -62,7 +62,7 @@ def reconnoitre(node: Node, content: RecordDict) -> RecordDict:
     node.write()
     reply = RecordDict({"status": node.status()})
     if contribution is not None:
-        reply["rows"] = encode_contribution(contribution)
+        reply["rows"] = encode_contribution(contribution, bits=integer(head, "bits"))
     return reply
 
 

@@ -23,7 +23,7 @@ from clfed.errors import FederationError
 from clfed.federated.field import Field, open_field
 from clfed.federated.records import array, arrays, blob, config, config_record, integer, text
 from clfed.federated.wire import decode_memory, encode_memory
-from clfed.prototypes import Contribution, PrototypeMemory
+from clfed.prototypes import Contribution, PrototypeMemory, compress, expand
 
 _encoders: dict[str, Encoder] = {}
 
@@ -91,16 +91,34 @@ class Node(ABC):
 
         Args:
             head: The record ``round`` of the request, with the version that the server
-                ``acknowledged`` and the digest of the rows that it has (``held``).
+                ``acknowledged``, the digest of the rows that it has (``held``), and in how many
+                ``bits`` an entry shall travel (0: all).
         """
+        bits, held = integer(head, "bits"), blob(head, "held")
         before, self.own = self.own, self.look(head)
-        held = blob(head, "held")
-        if digest(self.own) == held:
+        was, now = sendable(before, bits), sendable(self.own, bits)
+        if digest(now) == held:
             return None
         self.version = max(self.version, integer(head, "acknowledged")) + 1
-        if digest(before) == held:
-            return Contribution.between(self.name, self.version, before, self.own)
-        return Contribution.of(self.name, self.version, self.own, complete=True)
+        if digest(was) == held:
+            return Contribution.between(self.name, self.version, was, now)
+        return Contribution.of(self.name, self.version, now, complete=True)
+
+
+def sendable(memory: PrototypeMemory, bits: int) -> PrototypeMemory:
+    """Return what the receiver of a memory will have of it.
+
+    Rounding is that of :mod:`clfed.prototypes.compression`.
+
+    Args:
+        memory: A node's own statistics, which stay exact.
+        bits: Of an entry on the way; 0 for lossless messages.
+
+    Raises:
+        ConfigError: Another number of bits than 0, 4, 8 or 16.
+        UnsupportedStatistics: Second moments cannot be rounded.
+    """
+    return expand(compress(memory, bits)) if bits else memory
 
 
 def digest(memory: PrototypeMemory) -> bytes:

@@ -22,11 +22,13 @@ from torch import Tensor
 
 from clfed.errors import InvalidMessage
 from clfed.prototypes import Contribution, PrototypeMemory
+from clfed.prototypes.compression import restore_rows, round_rows
 
 WIRE_VERSION = 1
 _INTEGERS = (np.int8, np.int16, np.int32, np.int64)
 _BEFORE_HEADER = 10  # bytes: magic, version, length of the header
 _FIELDS = {"head", "counts", "sums"}
+_ROUNDED = {"head", "counts", "ends", "codes"}
 # The one header that numpy writes for integers of the usual order. Its own reader evaluates what
 # the header says, allocates what it asks for and opens archives, with many kinds of exceptions.
 _HEADER = re.compile(
@@ -61,15 +63,26 @@ def encode_memory(memory: PrototypeMemory) -> ArrayRecord:
     return _encode(memory, {})
 
 
-def encode_contribution(contribution: Contribution) -> ArrayRecord:
-    """Pack a node's own rows for the wire."""
+def encode_contribution(contribution: Contribution, *, bits: int = 0) -> ArrayRecord:
+    """Pack a node's own rows for the wire.
+
+    Args:
+        contribution: The rows.
+        bits: 0 for all of them; 4, 8 or 16 for rounded sums, which must be points of their grid
+            already (:func:`clfed.prototypes.expand` returns such), so that nothing is lost here.
+
+    Raises:
+        ConfigError: Another number of bits.
+    """
     return _encode(
         contribution,
         {
             "contributor": contribution.contributor,
             "version": contribution.version,
             **({"complete": True} if contribution.complete else {}),
+            **({"bits": bits} if bits else {}),
         },
+        bits=bits,
     )
 
 
@@ -100,7 +113,9 @@ def decode_contribution(record: ArrayRecord) -> Contribution:
     return Contribution(contributor=contributor, version=version, complete=complete, **fields)
 
 
-def _encode(rows: PrototypeMemory | Contribution, extra: Mapping[str, str | int]) -> ArrayRecord:
+def _encode(
+    rows: PrototypeMemory | Contribution, extra: Mapping[str, str | int], *, bits: int = 0
+) -> ArrayRecord:
     head = {
         "wire": WIRE_VERSION,
         "embedding": rows.embedding_id,
@@ -113,17 +128,22 @@ def _encode(rows: PrototypeMemory | Contribution, extra: Mapping[str, str | int]
     arrays = {
         "head": np.frombuffer(text, np.uint8),
         "counts": narrow(rows.counts.numpy()),
-        "sums": narrow(rows.sums.numpy()),
     }
+    if bits:
+        ends, codes = round_rows(rows.sums, bits)
+        arrays |= {"ends": narrow(ends.numpy()), "codes": codes.numpy()}
+    else:
+        arrays["sums"] = narrow(rows.sums.numpy())
     if rows.outer is not None:
         arrays["outer"] = narrow(_triangle(rows.outer).numpy())
     return ArrayRecord({name: Array(values) for name, values in arrays.items()})
 
 
 def _decode(record: ArrayRecord) -> tuple[dict[str, Any], dict[str, Any]]:
-    if not _FIELDS <= set(record) <= _FIELDS | {"outer"}:
+    if set(record) not in (_FIELDS, _FIELDS | {"outer"}, _ROUNDED):
         raise InvalidMessage(
-            f"A record of statistics needs the arrays head, counts and sums, got {sorted(record)}."
+            "A record of statistics needs the arrays head, counts and sums (or ends and codes), "
+            f"got {sorted(record)}."
         )
     try:
         head = json.loads(_read(record, "head").tobytes().decode())
@@ -154,7 +174,7 @@ def _decode(record: ArrayRecord) -> tuple[dict[str, Any], dict[str, Any]]:
     fields = {
         "classes": tuple(classes),
         "counts": _integers(record, "counts", (rows,)),
-        "sums": _integers(record, "sums", (rows, dim)),
+        "sums": _sums(record, head.get("bits", 0), rows, dim),
         "embedding_id": embedding,
         "moments": moments,
         "outer": outer,
@@ -175,6 +195,15 @@ def _read(record: ArrayRecord, name: str) -> np.ndarray[Any, Any]:
     if len(array.data) - found.end() != math.prod(shape) * kind.itemsize:
         raise InvalidMessage(f"The array {name!r} is shorter or longer than it says.")
     return np.frombuffer(array.data, kind, offset=found.end()).reshape(shape)
+
+
+def _sums(record: ArrayRecord, bits: Any, rows: int, dim: int) -> Tensor:
+    if "sums" in record:
+        if bits != 0:
+            raise InvalidMessage(f"The record brings whole sums and speaks of {bits!r} bits.")
+        return _integers(record, "sums", (rows, dim))
+    codes = torch.from_numpy(_read(record, "codes").copy())
+    return restore_rows(_integers(record, "ends", (rows, 2)), codes, bits, dim)
 
 
 def _integers(record: ArrayRecord, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -65,11 +65,10 @@ def report(
     out.print(summary_table(_only(results, results["alternatives"])))
     out.print(classifiers_table(results))
     if cfg.merge == "pooled":
-        same = "byte for byte" if all(d.exact for d in draws) else "NOT"
-        out.print(
-            f"The merged memory equals the pooled one {same}; "
-            f"{results['nodes_with_final_memory']} of {results['nodes']} nodes hold it."
-        )
+        exact = all(draw.exact for draw in draws)
+        told = "equals the pooled one byte for byte" if exact else "is not the pooled one"
+        held = f"{results['nodes_with_final_memory']} of {results['nodes']} nodes hold it"
+        out.print(f"The merged memory {told}; {held}.")
     out.print(f"Everything is in {run.folder.path}")
     return results
 

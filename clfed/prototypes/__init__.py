@@ -7,17 +7,20 @@ from clfed.prototypes.classifiers import (
     QuadraticClassifier,
     read_off,
 )
+from clfed.prototypes.compression import Compressed, compress, expand
 from clfed.prototypes.features import RandomProjection, tukey
 from clfed.prototypes.groups import Groups, groups_of
 from clfed.prototypes.ledger import Contribution, ContributorLedger, Receipt
 from clfed.prototypes.memory import RESOLUTION, Moments, PrototypeMemory
 from clfed.prototypes.merging import MERGES
+from clfed.prototypes.sketch import Sketch
 
 __all__ = [
     "CLASSIFIERS",
     "MERGES",
     "RESOLUTION",
     "Classifier",
+    "Compressed",
     "Contribution",
     "ContributorLedger",
     "Groups",
@@ -27,6 +30,9 @@ __all__ = [
     "QuadraticClassifier",
     "RandomProjection",
     "Receipt",
+    "Sketch",
+    "compress",
+    "expand",
     "groups_of",
     "read_off",
     "tukey",
