@@ -384,7 +384,8 @@ def test_many_pictures_are_not_all_written_out(birds):
 
 def test_a_node_tells_what_it_holds(birds, capsys):
     told = as_json(capsys, birds.root / "state-a")
-    assert told["kind"] == "node" and told["federation"] == birds.id
+    assert told["kind"] == "node" and told["federation_id"] == birds.id
+    assert (told["name"], told["federation"]) == ("a", "birds")
     assert told["classes"] == {"owl": 3} and told["pictures"] == 3 and told["unreadable"] == 0
     assert told["memory"]["sha256"] == birds.memory
     assert (told["memory"]["classes"], told["memory"]["examples"]) == (3, 15)

@@ -28,8 +28,8 @@ def node_status(directory: Path, *, now: float | None = None) -> dict[str, Any]:
         now: Time of the look, seconds since 1970; the clock's when omitted.
 
     Returns:
-        ``kind`` (``"node"``), ``at`` (time of the look), ``directory``, ``federation`` (its id),
-        ``embedding``, ``version`` (number of the last message made), ``changed`` (when the state
+        ``kind`` (``"node"``), ``at`` (time of the look), ``directory``, ``name``,
+        ``federation`` (its name) and ``federation_id``, ``embedding``, ``version`` (number of the last message made), ``changed`` (when the state
         was written, seconds since 1970), ``pictures`` and ``unreadable`` (files in the folder),
         ``classes`` (examples by class, as last sent), and
 
@@ -60,7 +60,9 @@ def node_status(directory: Path, *, now: float | None = None) -> dict[str, Any]:
         "kind": "node",
         "at": time.time() if now is None else now,
         "directory": str(directory),
-        "federation": state.session,
+        "name": state.name,
+        "federation": state.federation,
+        "federation_id": state.session,
         "embedding": state.embedding_id,
         "version": state.version,
         "changed": stamp[0] / 1e9,

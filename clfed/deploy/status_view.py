@@ -90,8 +90,8 @@ def _federation(status: Mapping[str, Any], account: bool) -> Iterator[Renderable
 def _node(status: Mapping[str, Any]) -> Iterator[RenderableType]:
     since = _since(status["at"])
     memory, classes = status["memory"], status["classes"]
-    yield _line(f"node in {status['directory']}", "bold")
-    yield _line(f"federation {_short(status['federation'])}, embedding {status['embedding'][:12]}")
+    yield _line(f"{status['name']}, node of {status['federation']}", "bold")
+    yield _line(f"state in {status['directory']}, embedding {status['embedding'][:12]}")
     yield _line(
         f"message {status['version']} was the last, {since(status['changed'])} ago; "
         f"{status['pictures']} pictures in the folder"
