@@ -28,9 +28,10 @@ def node_status(directory: Path, *, now: float | None = None) -> dict[str, Any]:
         now: Time of the look, seconds since 1970; the clock's when omitted.
 
     Returns:
-        ``kind`` (``"node"``), ``at`` (time of the look), ``directory``, ``name``,
-        ``federation`` (its name) and ``federation_id``, ``embedding``, ``version`` (number of the last message made), ``changed`` (when the state
-        was written, seconds since 1970), ``pictures`` and ``unreadable`` (files in the folder),
+        ``kind`` (``"node"``), ``at`` (time of the look), ``directory``, ``name``, ``federation``
+        (its name) and ``federation_id``, ``embedding``, ``version`` (number of the last message
+        made), ``changed`` (when the state was written, seconds since 1970), ``pictures`` and
+        ``unreadable`` (files in the folder),
         ``classes`` (examples by class, as last sent), and
 
         - ``memory``: the merged memory that the node holds: ``sha256``, ``classes``, ``examples``,
