@@ -96,12 +96,12 @@ class Deployment:
     def wait_for_round(self, number: int, seconds: float = 120) -> None:
         until(lambda: self.rounds() >= number, seconds, f"round {number}\n{self.log('server')}")
 
-    def kill(self, name: str) -> None:
-        """End a command and everything that it started, without a word."""
+    def kill(self, name: str, *, family: bool = True) -> None:
+        """End a command without a word, and everything that it started."""
         process = self.processes.pop(name)
-        family = psutil.Process(process.pid).children(recursive=True)
+        members = psutil.Process(process.pid).children(recursive=True) if family else []
         process.send_signal(signal.SIGKILL)
-        for member in family:
+        for member in members:
             if member.is_running():
                 member.kill()
         process.wait()
@@ -111,6 +111,19 @@ class Deployment:
             process.terminate()
         for process in self.processes.values():
             process.wait(30)
+        until(lambda: not self.leftovers(), 20, f"the end of {self.leftovers()}")
+
+    def leftovers(self) -> list[str]:
+        """Programs of this federation that are still running."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                home = process.environ().get("FLWR_HOME", "")
+                if home.startswith(str(self.root)) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(" ".join(process.cmdline()[:2]))
+            except psutil.Error:  # it has ended, or is somebody else's
+                continue
+        return found
 
     def federation(self) -> Federation:
         return Federation.open(self.folder)

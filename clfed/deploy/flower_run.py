@@ -6,8 +6,11 @@ lock as long as it lives, so that a watcher sees its end and a successor never w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -48,6 +51,7 @@ overrides = ""
 federation = ""
 pace = ""
 wandb = false
+supervised = false
 """
 
 
@@ -69,7 +73,9 @@ class Places:
         self.failure = self.folder / "failure.json"
 
 
-def run_app(grid: Grid, folder: Path, pace: Pace, *, wandb: bool = False) -> None:
+def run_app(
+    grid: Grid, folder: Path, pace: Pace, *, wandb: bool = False, supervised: bool = False
+) -> None:
     """Run the rounds; the body of the ServerApp.
 
     Args:
@@ -77,12 +83,15 @@ def run_app(grid: Grid, folder: Path, pace: Pace, *, wandb: bool = False) -> Non
         folder: The federation folder.
         pace: How long to wait for what.
         wandb: Whether to send accounts to Weights & Biases.
+        supervised: Whether ``clfed serve`` started it, whose end it must not outlive.
 
     Raises:
         ClfedError: What ended them; it is noted for :func:`serve`, too.
     """
     federation = Federation.open(folder)
     places = Places(federation)
+    if supervised:
+        threading.Thread(target=_end_with, args=(places.lock,), daemon=True).start()
     log = logging.FileHandler(federation.folder / "server.log")
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("clfed").addHandler(log)
@@ -126,6 +135,7 @@ def write_configuration(
         "federation": str(federation.folder.resolve()),
         "pace": json.dumps(asdict(pace)),
         "wandb": wandb,
+        "supervised": True,
     }
     lines = [f"{key} = {json.dumps(value)}\n" for key, value in run.items()]
     write_file(places.run, "".join(lines).encode())
@@ -197,6 +207,19 @@ def raise_failure(places: Places, pace: Pace, store: Store) -> None:
             remedy=f"Look at {places.folder / 'superlink.log'}, and start clfed serve again: "
             "nothing is lost.",
         )
+
+
+def _end_with(lock: Path) -> None:
+    """End this process when nobody holds a lock any more.
+
+    Flower's client would go on looking for a SuperLink that has gone, and keep its successor out.
+    """
+    held = FileLock(lock, timeout=0)
+    while True:
+        time.sleep(1)
+        with contextlib.suppress(Timeout), held:
+            # Not sys.exit, which ends a thread alone; what was acknowledged is on disk.
+            os._exit(1)
 
 
 def _telemetry(federation: Federation, stack: ExitStack) -> Callable[[Report], None]:

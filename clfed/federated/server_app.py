@@ -27,8 +27,10 @@ def main(grid: Grid, context: Context) -> None:
         from clfed.deploy.serving import Pace
 
         pace = json.loads(str(context.run_config.get("pace", "")) or "{}")
-        wandb = bool(context.run_config.get("wandb", False))
-        run_app(grid, Path(folder), Pace(**pace), wandb=wandb)
+        switches = {
+            name: bool(context.run_config.get(name, False)) for name in ("wandb", "supervised")
+        }
+        run_app(grid, Path(folder), Pace(**pace), **switches)
         return
     from hydra.utils import get_method
 

@@ -177,6 +177,7 @@ def _protocol(
         ),
         "merge": cfg.merge,
         "moments": cfg.memory.moments,
+        "message_bits": cfg.strategy.get("message_bits"),
         "classifier": answering(cfg)[0],
         "embedding": encoder.embedding_id,
         "embedding_size": encoder.dim,
