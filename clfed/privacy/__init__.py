@@ -1,0 +1,1 @@
+"""What a message gives away, and what can be done about it."""
