@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import itertools
 import json
 import re
 import shlex
@@ -49,7 +48,8 @@ def commands(program):
 
 
 def runs(arguments):
-    """The override lists of a command line: one for a run, several for a sweep."""
+    """The override lists of a command line: one for a run; of a sweep so many that each value of
+    each key is in one."""
     words = list(arguments)
     if "--cfg" in words:
         del words[words.index("--cfg") : words.index("--cfg") + 2]
@@ -58,7 +58,8 @@ def runs(arguments):
     words.remove("-m")
     keys = [word.partition("=") for word in words]
     values = [[f"{key}={value}" for value in values.split(",")] for key, _, values in keys]
-    return [list(combination) for combination in itertools.product(*values)]
+    longest = max(map(len, values))
+    return [[choice[row % len(choice)] for choice in values] for row in range(longest)]
 
 
 @pytest.fixture

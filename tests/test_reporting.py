@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -386,9 +387,12 @@ def test_offline_run_is_recorded_in_the_run_folder(nobody, no_network, tmp_path,
     assert not sink.active
     runs = list((folder.path / "wandb").glob("offline-run-*"))
     assert len(runs) == 1
-    record = next(runs[0].glob("*.wandb")).read_bytes()
-    for name in (b"fed/accuracy/merged", b"fed/round", b"node/north/seconds", b"final/accuracy"):
-        assert name.split(b"/")[-1] in record
+    # A process of W&B's own writes the file, on a busy machine some time after the end of the run.
+    names, end = (b"merged", b"round", b"seconds", b"accuracy"), time.monotonic() + 60
+    file = next(runs[0].glob("*.wandb"))
+    while not all(name in file.read_bytes() for name in names):
+        assert time.monotonic() < end, file.read_bytes()[:200]
+        time.sleep(0.1)
     assert list(runs[0].rglob("*.png"))
     assert "could not" not in capfd.readouterr().out
 
