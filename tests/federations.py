@@ -12,7 +12,8 @@ from PIL import Image
 from clfed.backbones import Conv4, Encoder
 from clfed.data.folder import read_folder
 from clfed.deploy.federation import Federation, Rules
-from clfed.deploy.serving import Pace, Server
+from clfed.deploy.pace import Pace
+from clfed.deploy.serving import Server
 from clfed.federated.bundle import Bundle
 from clfed.federated.client_app import app
 from clfed.federated.grid import LocalGrid

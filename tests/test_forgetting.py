@@ -18,7 +18,8 @@ from test_encoder import conv4_encoder
 
 from clfed.config import compose
 from clfed.deploy.federation import Federation, Rules
-from clfed.deploy.serving import Pace, Server
+from clfed.deploy.pace import Pace
+from clfed.deploy.serving import Server
 from clfed.deploy.verification import verify
 from clfed.errors import CertificateError, RequestError
 from clfed.federated.bundle import BUNDLE, Bundle

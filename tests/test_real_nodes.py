@@ -20,9 +20,11 @@ from fuzz import corpus
 import clfed
 import clfed.strategies
 from clfed.deploy.federation import Federation, Rules
+from clfed.deploy.pace import Pace
 from clfed.deploy.store import Store
 from clfed.errors import (
     ClfedError,
+    ConfigError,
     FederationError,
     InvalidMessage,
     MissingData,
@@ -620,3 +622,18 @@ def test_no_pickle_on_the_wire_or_on_disk(tmp_path):
         data = path.read_bytes()
         assert not data.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"))
         assert b"data.pkl" not in data
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"every": -1.0},
+        {"patience": float("nan")},
+        {"gather": float("inf")},
+        {"nodes": 0},
+        {"rounds": 0},
+    ],
+)
+def test_a_pace_that_makes_no_sense_is_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Pace(**wrong)

@@ -25,7 +25,8 @@ from clfed.commands import status
 from clfed.deploy.charts import MOST, NAMED, federation_charts, sums_by_node
 from clfed.deploy.federation import Federation, Rules
 from clfed.deploy.node_status import node_status
-from clfed.deploy.serving import Pace, Server
+from clfed.deploy.pace import Pace
+from clfed.deploy.serving import Server
 from clfed.deploy.status_view import age, federation_view, node_view
 from clfed.deploy.watching import federation_status, history, round_account
 from clfed.errors import (

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from clfed.deploy.federation import Federation
-    from clfed.deploy.serving import Pace
+    from clfed.deploy.pace import Pace
 
 SENTENCE = "serve a federation: rounds that go on whatever happens"
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     """Serve until the rounds are done, or for ever."""
     from clfed.deploy.address import parse_address
     from clfed.deploy.federation import Federation
-    from clfed.deploy.serving import Pace
+    from clfed.deploy.pace import Pace
     from clfed.deploy.superlink import serve
 
     federation = Federation.open(args.folder)

@@ -24,8 +24,9 @@ from clfed import __version__
 from clfed.deploy.federation import Federation
 from clfed.deploy.keys import AUTHORITY
 from clfed.deploy.layout import FLOWER
+from clfed.deploy.pace import Pace
 from clfed.deploy.processes import call, program
-from clfed.deploy.serving import Pace, Report, Server
+from clfed.deploy.serving import Report, Server
 from clfed.deploy.store import Store
 from clfed.errors import ClfedError, FederationError, by_code
 from clfed.files import write_file

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from clfed.deploy.federation import Federation
-from clfed.deploy.serving import Pace, Server
+from clfed.deploy.pace import Pace
+from clfed.deploy.serving import Server
 from clfed.errors import MissingData
 from clfed.federated.client_app import app
 from clfed.federated.grid import LocalGrid

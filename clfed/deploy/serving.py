@@ -20,6 +20,7 @@ from clfed.deploy.accounts import Accounts, bytes_of
 from clfed.deploy.federation import Federation
 from clfed.deploy.layout import no_answer
 from clfed.deploy.live_averaging import LiveAveraging
+from clfed.deploy.pace import Pace
 from clfed.deploy.requests import Requests
 from clfed.deploy.store import Store
 from clfed.errors import ClfedError
@@ -29,26 +30,6 @@ from clfed.federated.intake import Intake
 from clfed.prototypes import PrototypeMemory
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How long the server waits for what.
-
-    Attributes:
-        every: Pause between two rounds, seconds.
-        patience: Longest wait for the replies of a round, seconds; later ones merge later.
-        nodes: Number of connected nodes that the first round waits for.
-        gather: Longest wait for them, seconds; then it starts with those that are there.
-        rounds: Stop when this many rounds are finished, those of earlier runs included; None:
-            never.
-    """
-
-    every: float = 10.0
-    patience: float = 45.0
-    nodes: int = 1
-    gather: float = 600.0
-    rounds: int | None = None
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ from clfed.deploy.keys import (
     days_left,
     issue_server_certificate,
 )
+from clfed.deploy.pace import Pace
 from clfed.deploy.processes import Child, environment, free_port, program
-from clfed.deploy.serving import Pace
 from clfed.errors import FederationError
 
 logger = logging.getLogger(__name__)

@@ -114,10 +114,6 @@ class Album:
         rows = torch.tensor([row[self.files[place][2]] for place in places], dtype=torch.int64)
         return self.embeddings[rows], [self.labels[place] for place in places]
 
-    def places_of(self, content: str) -> list[str]:
-        """Return the files that have a content."""
-        return [place for place, stamp in self.files.items() if stamp[2] == content]
-
     def _trimmed(self) -> Album:
         used = {stamp[2] for stamp in self.files.values()}
         kept = [number for number, content in enumerate(self.hashes) if content in used]

@@ -24,7 +24,7 @@ def main(grid: Grid, context: Context) -> None:
     folder = str(context.run_config.get("federation", ""))
     if folder:
         from clfed.deploy.flower_run import run_app
-        from clfed.deploy.serving import Pace
+        from clfed.deploy.pace import Pace
 
         pace = json.loads(str(context.run_config.get("pace", "")) or "{}")
         switches = {

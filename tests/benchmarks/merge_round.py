@@ -33,7 +33,7 @@ def main() -> None:
 
     from clfed.deploy import flower_run, superlink
     from clfed.deploy.address import parse_address
-    from clfed.deploy.serving import Pace
+    from clfed.deploy.pace import Pace
 
     flower_run._APP = flower_run._APP.replace(
         "clfed.federated.server_app:app", "merge_round_app:server"

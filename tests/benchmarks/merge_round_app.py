@@ -33,7 +33,8 @@ def main(grid: Grid, context: Context) -> None:
 
     from clfed.deploy.federation import Federation
     from clfed.deploy.flower_run import Places
-    from clfed.deploy.serving import Pace, Server
+    from clfed.deploy.pace import Pace
+    from clfed.deploy.serving import Server
     from clfed.federated.grid import Mailbox
 
     root = Path(os.environ["MERGE_ROUND_ROOT"])
