@@ -123,4 +123,4 @@ def _federation(certificate: Certificate, identity: str) -> Check:
 def _classes(name: str, what: str, request: Request, classes: tuple[str, ...]) -> Check:
     left = sorted({*request.classes} & {*classes})
     told = f"{', '.join(left)}, expected none of it" if left else "no deleted class"
-    return Check(name, not left, f"The {what} hold {told}.")
+    return Check(name, not left, f"Among the classes of the {what} is {told}.")
