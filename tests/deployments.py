@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import psutil
 from federations import encoder
 
 from clfed.deploy.federation import Federation
+from clfed.deploy.processes import free_port
 from clfed.deploy.store import Store
 
 CLFED = str(Path(sys.executable).parent / "clfed")
@@ -27,12 +27,6 @@ def clfed(*arguments: object, timeout: float = 120, check: bool = True):
     )
     assert not (check and done.returncode), done.stdout + done.stderr
     return done
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def until(condition: Callable[[], object], seconds: float, what: str):

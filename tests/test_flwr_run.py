@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from clfed.config import compose
+from clfed.deploy.processes import free_port
 from clfed.jobs.reconnaissance import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,12 +20,6 @@ SETTINGS = (
     "scenario.nodes=3 scenario.rounds=2 scenario.classes_per_mission=3 logger=none "
     "job.finetuned=null job.joint=null"
 )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture

@@ -30,10 +30,12 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clfed import __version__
 from clfed.deploy import proxy, signing
 from clfed.deploy.gate import SparingFilter, keep, listen, tls_server
 from clfed.deploy.keys import issue_server_certificate, make_authority, node_key
-from clfed.deploy.processes import Child, call, environment, program
+from clfed.deploy.layout import SETTINGS_SCHEMA
+from clfed.deploy.processes import Child, call, environment, free_port, program
 from clfed.errors import ConfigError, FederationError, InvalidMessage, MissingData
 
 PULL, ACTIVATE, DEACTIVATE = (
@@ -50,7 +52,8 @@ def make_federation(folder, names):
     (folder / "nodes").mkdir(parents=True)
     make_authority(folder, name="herd")
     issue_server_certificate(folder, [])
-    content = {"id": "ab" * 16, "embedding": "e" * 64}
+    content = {"id": "ab" * 16, "embedding": "e" * 64, "name": "birds", "clfed": __version__}
+    content |= {"address": "localhost:8000", "schema": SETTINGS_SCHEMA}
     (folder / "federation.json").write_text(json.dumps(content))
     keys = {name: node_key() for name in names}
     for name, (_, public) in keys.items():
@@ -160,12 +163,6 @@ def gate(folder, upstream, *, limit=proxy.LIMIT, silence=20):
     finally:
         server.should_exit = True
         thread.join()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -793,7 +790,8 @@ def test_a_damaged_federation_is_told_before_anything_listens(tmp_path, name):
         with pytest.raises(error):
             start()
     (tmp_path / name).unlink()
-    with pytest.raises(MissingData, match=name):
+    absent = "a federation at" if name == "federation.json" else name
+    with pytest.raises(MissingData, match=absent):
         start()
     (tmp_path / name).write_bytes(whole)
     start()
@@ -805,7 +803,7 @@ GATE = [sys.executable, "-m", "clfed.deploy.gate"]
 @pytest.mark.parametrize(
     "arguments, code, sentence",
     [
-        ([], 10, "Expected a file at"),
+        ([], 10, "Expected a federation at"),
         (["--limit", "0"], 2, "Expected a limit"),
         (["--superlink", "nowhere"], 2, "Expected an address"),
     ],

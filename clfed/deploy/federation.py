@@ -25,13 +25,19 @@ from clfed.backbones import Encoder
 from clfed.deploy.address import parse_address
 from clfed.deploy.invitation import Invitation
 from clfed.deploy.keys import AUTHORITY, issue_server_certificate, make_authority, node_key
-from clfed.deploy.layout import ENCODER, LEDGER, NODES, SETTINGS
-from clfed.deploy.layout import SETTINGS_SCHEMA as SCHEMA
+from clfed.deploy.layout import (
+    ENCODER,
+    LEDGER,
+    NODES,
+    SETTINGS,
+    SETTINGS_SCHEMA,
+    read_settings,
+)
 from clfed.deploy.store import Store
-from clfed.errors import InvalidMessage, MissingData, RunFolderError, VersionMismatch
+from clfed.errors import InvalidMessage, RunFolderError
 from clfed.federated.intake import Limits
 from clfed.federated.node import sendable
-from clfed.files import read_file, write_file
+from clfed.files import write_file
 from clfed.prototypes import ContributorLedger, PrototypeMemory
 from clfed.prototypes.contribution import DEFAULT_CAP, check_contributor
 from clfed.prototypes.robust import robust_total
@@ -142,26 +148,16 @@ class Federation:
             InvalidMessage: Its settings are damaged.
             VersionMismatch: Another version of clfed made it.
         """
-        path = folder / SETTINGS
-        if not path.is_file():
-            raise MissingData(
-                f"Expected a federation at {folder}, found none.",
-                remedy="Make one: clfed create DIR --address HOST:PORT",
-            )
+        content = read_settings(folder)
         try:
-            content = json.loads(read_file(path))
-            schema, version = content.pop("schema"), content.pop("clfed")
-            if schema != SCHEMA:
-                raise VersionMismatch(
-                    f"Expected a federation of schema {SCHEMA} at {folder}, got one of {schema!r} "
-                    f"that clfed {version} made."
-                )
+            del content["clfed"]
             rules = content.pop("rules")
             limits = Limits(**rules.pop("limits"))
             return cls(folder=folder, rules=Rules(**rules, limits=limits), **content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidMessage(
-                f"Expected the settings of a federation in {path}, got something else: {error}.",
+                f"Expected the rules of a federation in {folder / SETTINGS}, got something else: "
+                f"{error}.",
                 remedy="Restore the file from a backup.",
             ) from error
 
@@ -224,5 +220,5 @@ class Federation:
             for entry in fields(self)
             if entry.name not in ("folder", "rules")
         }
-        content |= {"schema": SCHEMA, "clfed": __version__, "rules": asdict(self.rules)}
+        content |= {"schema": SETTINGS_SCHEMA, "clfed": __version__, "rules": asdict(self.rules)}
         return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()

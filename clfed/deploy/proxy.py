@@ -25,7 +25,7 @@ from clfed import __version__
 from clfed.deploy.address import parse_address
 from clfed.deploy.hello import HELLO
 from clfed.deploy.keys import AUTHORITY
-from clfed.deploy.layout import NODES, SETTINGS
+from clfed.deploy.layout import NODES, read_settings
 from clfed.deploy.signing import Keys, Refused, claim
 from clfed.errors import InvalidMessage, MissingData
 
@@ -220,17 +220,8 @@ def present(path: Path) -> Path:
 
 
 def _identity(folder: Path) -> dict[str, str]:
-    # The class Federation would say the same, but takes as long to import as torch does.
-    path = present(folder / SETTINGS)
-    try:
-        content = json.loads(path.read_bytes())
-        identity = {"federation": content["id"], "embedding": content["embedding"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InvalidMessage(
-            f"Expected the settings of a federation in {path}, got something else: {error!r}.",
-            remedy="Restore the file from a backup.",
-        ) from error
-    return identity
+    settings = read_settings(folder)
+    return {"federation": settings["id"], "embedding": settings["embedding"]}
 
 
 def _trusting(authority: Path) -> ssl.SSLContext:

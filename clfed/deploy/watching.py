@@ -20,11 +20,10 @@ from clfed.deploy.layout import (
     LEDGER,
     LEDGER_SCHEMA,
     NODES,
-    SETTINGS,
-    SETTINGS_SCHEMA,
     no_answer,
+    read_settings,
 )
-from clfed.errors import ConfigError, InvalidMessage, MissingData, RunFolderError, VersionMismatch
+from clfed.errors import ConfigError, MissingData, RunFolderError
 from clfed.files import read_file
 
 SHOWN = 10  # rounds and refused messages in a status
@@ -112,37 +111,6 @@ def federation_status(
         "requests": requests,
         "rounds": rounds,
     }
-
-
-def read_settings(folder: Path) -> dict[str, str]:
-    """Return ``name``, ``id``, ``address``, ``embedding`` and ``clfed`` of a federation folder.
-
-    Raises:
-        MissingData: It holds no federation.
-        InvalidMessage: Its settings are damaged.
-        VersionMismatch: Another version of clfed made it.
-    """
-    path = folder / SETTINGS
-    if not path.is_file():
-        raise MissingData(
-            f"Expected a federation at {folder}, found none.",
-            remedy="Make one: clfed create DIR --address HOST:PORT",
-        )
-    try:
-        content = json.loads(read_file(path))
-        schema = content["schema"]
-        settings = {key: content[key] for key in ("name", "id", "address", "embedding", "clfed")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InvalidMessage(
-            f"Expected the settings of a federation in {path}, got something else: {error}.",
-            remedy=_RESTORE,
-        ) from error
-    if schema != SETTINGS_SCHEMA or not all(isinstance(text, str) for text in settings.values()):
-        raise VersionMismatch(
-            f"Expected a federation of schema {SETTINGS_SCHEMA} at {folder}, got one of "
-            f"{schema!r} that clfed {settings['clfed']} made."
-        )
-    return settings
 
 
 def round_account(folder: Path, number: int) -> list[Row]:
