@@ -20,6 +20,7 @@ from fuzz import corpus
 import clfed
 import clfed.strategies
 from clfed.deploy.federation import Federation, Rules
+from clfed.deploy.flower_run import Places, raise_failure
 from clfed.deploy.pace import Pace
 from clfed.deploy.store import Store
 from clfed.errors import (
@@ -637,3 +638,18 @@ def test_no_pickle_on_the_wire_or_on_disk(tmp_path):
 def test_a_pace_that_makes_no_sense_is_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Pace(**wrong)
+
+
+def test_what_ended_the_rounds_ends_the_command(tmp_path):
+    site = Site(tmp_path)
+    places = Places(site.federation)
+    places.folder.mkdir()
+    site.round()
+    raise_failure(places, Pace(rounds=1), site.server.store)
+    with pytest.raises(FederationError, match="ended by themselves after round 1"):
+        raise_failure(places, Pace(rounds=2), site.server.store)
+    note = {"code": RunFolderError.code, "message": "The disk is full.", "remedy": "Free some."}
+    places.failure.write_text(json.dumps(note))
+    with pytest.raises(RunFolderError, match="The disk is full") as caught:
+        raise_failure(places, Pace(rounds=1), site.server.store)
+    assert caught.value.remedy == "Free some."

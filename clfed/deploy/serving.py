@@ -25,7 +25,7 @@ from clfed.deploy.requests import Requests
 from clfed.deploy.store import Store
 from clfed.errors import ClfedError
 from clfed.federated.bundle import BUNDLE, Bundle
-from clfed.federated.grid import Mailbox
+from clfed.federated.grid import Mailbox, wait_for_nodes
 from clfed.federated.intake import Intake
 from clfed.prototypes import PrototypeMemory
 
@@ -239,21 +239,20 @@ class Server:
         logger.warning("Round %d: waiting for %s since %.0f s.", self._number, names, seconds)
 
     def _wait_for_nodes(self) -> None:
-        end = time.monotonic() + self.pace.gather
-        told = time.monotonic()
-        while len(ids := list(self.grid.get_node_ids())) < self.pace.nodes:
-            if time.monotonic() >= end:
-                logger.warning(
-                    "%d of %d nodes came within %g s; starting with them.",
-                    len(ids),
-                    self.pace.nodes,
-                    self.pace.gather,
-                )
-                return
-            if time.monotonic() - told >= 20:
-                told = time.monotonic()
-                logger.info("%d of %d nodes are connected.", len(ids), self.pace.nodes)
-            time.sleep(0.2)
+        wanted = self.pace.nodes
+        ids = wait_for_nodes(
+            self.grid,
+            wanted,
+            timeout=self.pace.gather,
+            waiting=lambda there: logger.info("%d of %d nodes are connected.", there, wanted),
+        )
+        if len(ids) < wanted:
+            logger.warning(
+                "%d of %d nodes came within %g s; starting with them.",
+                len(ids),
+                wanted,
+                self.pace.gather,
+            )
 
     def _write_bundle(self) -> None:
         """Write what ``clfed predict`` reads, where the memory is another one than before."""

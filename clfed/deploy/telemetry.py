@@ -17,39 +17,6 @@ if TYPE_CHECKING:
     from clfed.deploy.serving import Report
 
 
-class FederationRun(WandbSink):
-    """A W&B run that goes on where it was when the server starts again.
-
-    Offline each start leaves a folder of its own, all with the run's id.
-
-    Args:
-        folder: Files go to ``wandb/`` inside.
-        config: What the run is about.
-        id: Of the run, the same after a restart.
-        name: For people.
-        group: Of all runs of the federation.
-        mode: See :class:`~clfed.reporting.wandb_sink.WandbSink`.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        config: Mapping[str, Any],
-        *,
-        id: str,
-        name: str,
-        group: str,
-        mode: str | None,
-    ) -> None:
-        self._id = id
-        super().__init__(folder, config, name=name, group=group, mode=mode)
-
-    def _init(self, wandb: Any, mode: str) -> Any:
-        # Offline there is nothing to resume from, and W&B would say so in a warning.
-        self._arguments |= {"id": self._id, "resume": None if mode == "offline" else "allow"}
-        return super()._init(wandb, mode)
-
-
 class Telemetry:
     """Sends the account of each round; one run for the server, one for each node.
 
@@ -76,7 +43,7 @@ class Telemetry:
 
     def __init__(self, folder: Path, id: str, name: str, *, mode: str | None = None) -> None:
         self._folder, self._federation, self._name, self._mode = folder, id, name, mode
-        self._nodes: dict[str, FederationRun] = {}
+        self._nodes: dict[str, WandbSink] = {}
         self._server = self._run("server", "server")
 
     def log(self, report: Report, account: Sequence[Mapping[str, Any]]) -> None:
@@ -137,8 +104,8 @@ class Telemetry:
         # To interrupt a server is how it is stopped.
         self.close(failed=kind is not None and not issubclass(kind, KeyboardInterrupt))
 
-    def _run(self, name: str, role: str) -> FederationRun:
-        return FederationRun(
+    def _run(self, name: str, role: str) -> WandbSink:
+        return WandbSink(
             self._folder,
             {"federation": self._name, "federation_id": self._federation, "role": role},
             id=run_id(self._federation, role, name),

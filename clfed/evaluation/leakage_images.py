@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from clfed.errors import InvalidEmbedding, NotEnoughData
-from clfed.seeding import derive_seed, generator
+from clfed.learners.training import initialisation
+from clfed.seeding import generator
 
 #: Below this mean squared error, 100 dB, images count as equal.
 LEAST_ERROR = 1e-10
@@ -65,8 +66,7 @@ class Decoder(nn.Module):
         # A dead entry says nothing; divided by its spread, rounding would shout.
         self.register_buffer("std", embeddings.std(0).clamp(min=1e-3))
         pixels = torch.Size(shape).numel()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "decoder"))
+        with initialisation(seed, "decoder"):
             self.layers = nn.Sequential(
                 nn.Linear(embeddings.shape[1], width),
                 nn.ReLU(),

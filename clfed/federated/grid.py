@@ -179,9 +179,30 @@ def exchange(grid: Grid, messages: Iterable[Message], *, timeout: float) -> list
     return Mailbox(grid).exchange(messages, timeout=timeout)
 
 
-def wait_for_nodes(grid: Grid, count: int, *, timeout: float, poll: float = 0.2) -> list[int]:
-    """Return the sorted node ids once at least ``count`` nodes are there or the time is up."""
-    end = time.monotonic() + timeout
+def wait_for_nodes(
+    grid: Grid,
+    count: int,
+    *,
+    timeout: float,
+    poll: float = 0.2,
+    waiting: Callable[[int], None] = lambda there: None,
+    notice: float = 20.0,
+) -> list[int]:
+    """Return the sorted node ids once at least ``count`` nodes are there or the time is up.
+
+    Args:
+        grid: Any grid.
+        count: Nodes to wait for.
+        timeout: Longest wait, seconds.
+        poll: Pause between looks, seconds.
+        waiting: Called with the number of nodes that are there, each ``notice`` seconds.
+        notice: Pause between these calls, seconds.
+    """
+    told = time.monotonic()
+    end = told + timeout
     while len(ids := sorted(grid.get_node_ids())) < count and time.monotonic() < end:
+        if time.monotonic() - told >= notice:
+            told = time.monotonic()
+            waiting(len(ids))
         time.sleep(poll)
     return ids

@@ -59,6 +59,8 @@ class WandbSink(Sink):
         group: Group of the run, to show several seeds together.
         tags: Tags of the run.
         mode: ``online``, ``offline``, ``disabled``, or None to find out.
+        id: Of the run, for one that goes on after a restart; W&B's own when omitted. Offline each
+            start leaves a folder of its own, all with this id.
         start_seconds: How long an online run may take to start.
         finish_seconds: How long the upload may take at the end; the rest stays in the folder.
     """
@@ -73,6 +75,7 @@ class WandbSink(Sink):
         group: str | None = None,
         tags: list[str] | None = None,
         mode: str | None = None,
+        id: str | None = None,
         start_seconds: float = 30.0,
         finish_seconds: float = 120.0,
     ) -> None:
@@ -86,6 +89,7 @@ class WandbSink(Sink):
             "name": name or Path(folder).resolve().name,
             "group": group,
             "tags": list(tags or ()) or None,
+            "id": id,
         }
         self._limits = {"init_timeout": start_seconds, "finish_timeout": finish_seconds}
         self._guarded("start", lambda: self._start(os.environ.get("WANDB_MODE") or mode))
@@ -149,7 +153,11 @@ class WandbSink(Sink):
         limits = {k: v for k, v in self._limits.items() if k in wandb.Settings.model_fields}
         settings = wandb.Settings(silent=True, console="off", **limits)
         # A run of its own: one that the caller has open in this process goes on.
-        return wandb.init(**self._arguments, mode=mode, settings=settings, reinit="create_new")
+        # Offline there is nothing to resume from, and W&B would say so in a warning.
+        resume = "allow" if self._arguments["id"] and mode != "offline" else None
+        return wandb.init(
+            **self._arguments, mode=mode, resume=resume, settings=settings, reinit="create_new"
+        )
 
     def _guarded(self, what: str, act: Callable[[], object]) -> None:
         try:
