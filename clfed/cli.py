@@ -27,6 +27,8 @@ GROUPS = {
     "forget": "what is to be forgotten",
     "trainer": "how training runs on this machine",
     "strategy": "how the server merges what nodes send",
+    "curriculum": "in which order nodes train on their images, and which nodes train",
+    "privacy": "what a message reveals",
     "engine": "who carries the messages",
     "logger": "where metrics go beside metrics.csv",
 }

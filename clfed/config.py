@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from clfed.errors import ConfigError
 
@@ -103,14 +104,7 @@ def build(config: Mapping[str, Any], /, **arguments: Any) -> Any:
     """
     import inspect
 
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
-    target = config.get("_target_")
-    try:
-        call = instantiate({**config, "_partial_": True}, _recursive_=False, _convert_="all")
-    except InstantiationException as error:
-        raise ConfigError(f"{target} cannot be used: {one_sentence(error)}") from error
+    target, call = config.get("_target_"), _partial(config)
     given = {**call.keywords, **arguments}
     try:
         inspect.signature(call.func).bind(*call.args, **given)
@@ -124,3 +118,25 @@ def build(config: Mapping[str, Any], /, **arguments: Any) -> Any:
         if not inspect.isclass(call.func) or "argument" not in str(error):
             raise
         raise ConfigError(f"The settings of {target} do not fit: {error}.") from error
+
+
+def target(config: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return what a configuration names, without calling it.
+
+    Raises:
+        ConfigError: The target does not exist.
+    """
+    return _partial({"_target_": config.get("_target_")}).func
+
+
+def _partial(config: Mapping[str, Any]) -> partial[Any]:
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        found = instantiate({**config, "_partial_": True}, _recursive_=False, _convert_="all")
+    except InstantiationException as error:
+        raise ConfigError(
+            f"{config.get('_target_')} cannot be used: {one_sentence(error)}"
+        ) from error
+    return cast("partial[Any]", found)

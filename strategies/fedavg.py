@@ -4,105 +4,94 @@ r"""Federated averaging of a whole network whose head grows with the classes tha
 
 (McMahan et al. 2017, arXiv 1602.05629.) Each node trains on its mission alone and nothing protects
 what was learned before: the lower bound of federated reconnaissance. A head row is averaged over
-the nodes whose head has it, so nodes with different new classes still merge.
+the nodes whose head has it, so nodes with different new classes still merge; Flower's own FedAvg
+asks for the same arrays of every node.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from flwr.app import (
-    Array,
-    ArrayRecord,
-    ConfigRecord,
-    Message,
-    MessageType,
-    MetricRecord,
-    RecordDict,
-)
-from flwr.serverapp import Grid
+import torch
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
-from clfed.errors import InvalidMessage
+from clfed.backbones import Encoder
+from clfed.errors import ConfigError, InvalidMessage
 from clfed.federated import records
+from clfed.federated.local_training import LocalTraining, Visit
+from clfed.federated.networks import load_network, network_record
+from clfed.learners.fine_tuning import FineTuning, Loss, Order, passes
 from clfed.prototypes.contribution import DEFAULT_CAP
 from clfed.prototypes.tables import checked_names
-from clfed.strategies.base import TrainOnly
+from clfed.strategies.base import TrainingStrategy
 
-logger = logging.getLogger(__name__)
 Floats = NDArray[Any]
 HEAD = ("head.weight", "head.bias")
 
 
-class GrowingHeadFedAvg(TrainOnly):
-    """FedAvg over networks with a common backbone and heads over different classes.
+@dataclass(frozen=True)
+class Trained:
+    """What one node trained in a round.
 
-    A request holds ``model`` (the network), ``round`` (number, session, classes as JSON) and,
-    for a node's first message, the briefing. A reply holds ``model`` and ``status`` (contributor,
-    classes as JSON, number of examples; 0 examples mean that nothing was trained).
-
-    Args:
-        briefing: Records that a node needs once.
-        options: Of :class:`~clfed.strategies.base.TrainOnly`.
+    Attributes:
+        examples: Number of images.
+        classes: Of the head's rows.
+        model: Weights and buffers by name.
     """
 
-    def __init__(
-        self, *, briefing: Mapping[str, ArrayRecord | ConfigRecord], **options: Any
-    ) -> None:
-        super().__init__(**options)
+    examples: int
+    classes: tuple[str, ...]
+    model: Mapping[str, Floats]
+
+
+class FedAvg(TrainingStrategy[Trained]):
+    """FedAvg over networks with a common backbone and heads over different classes.
+
+    A request holds ``model`` (the network) beside ``round``, which names its classes as JSON. A
+    reply holds ``model`` and, in ``status``, classes as JSON and the number of examples; 0 examples
+    mean that nothing was trained.
+
+    Args:
+        encoder: The network that everybody starts from.
+        options: Of :class:`~clfed.strategies.base.TrainingStrategy`.
+    """
+
+    leaves: ClassVar[str] = "weights of the whole network, number of images, class names"
+
+    def __init__(self, encoder: Encoder, **options: Any) -> None:
+        super().__init__(encoder, **options)
         self.classes: tuple[str, ...] = ()
-        self._briefing = dict(briefing)
-        self._briefed: set[int] = set()
         self._sent: dict[str, Floats] = {}
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Send the current network to every node that is there.
+    def arrays(self) -> ArrayRecord:
+        """Return the network of the encoder with a head without classes."""
+        return network_record(FineTuning(self.encoder))
 
-        Raises:
-            FederationError: No node came within the waiting time.
-        """
-        ids = self.connected(grid)
+    def network(self, arrays: ArrayRecord) -> FineTuning:
+        """Return the network that these arrays hold."""
+        return load_network(self.encoder, arrays, self.classes)
+
+    def content(self, server_round: int, arrays: ArrayRecord) -> RecordDict:
+        """Return the current network."""
         self._sent = {key: array.numpy() for key, array in arrays.items()}
-        head = self.head(server_round, config, classes=json.dumps(self.classes))
-        kind = f"{MessageType.TRAIN}.finetune"
-        messages = []
-        for node in ids:
-            content = RecordDict({"model": arrays, "round": head})
-            if node not in self._briefed:
-                content.update(self._briefing)
-            messages.append(Message(content, dst_node_id=node, message_type=kind))
-        return messages
+        return RecordDict({"model": arrays})
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
+    def entries(self, server_round: int) -> dict[str, Any]:
+        """Return the classes of the head."""
+        return {"classes": json.dumps(self.classes)}
+
+    def merge(
+        self, server_round: int, found: Mapping[str, Trained]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Average the networks, weighted by their numbers of examples.
-
-        A reply that is an error or breaks a rule is logged and left out.
-        """
-        trained: list[_Trained] = []
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            try:
-                if reply.has_error():
-                    raise InvalidMessage(str(reply.error.reason))
-                found = self._read(node, reply.content)
-            except InvalidMessage as error:
-                logger.warning("Round %d: left out node id %d: %s", server_round, node, error)
-                continue
-            if found is not None:
-                trained.append(found)
-        if not trained:
-            return None, None
-        # Floating point sums depend on their order, and node ids are random in some engines.
-        trained.sort(key=lambda part: part.contributor)
+        """Average the networks, weighted by their numbers of examples."""
+        trained = list(found.values())
         before = self.classes
         self.classes = tuple(sorted(set().union(before, *(part.classes for part in trained))))
         place = {name: row for row, name in enumerate(self.classes)}
@@ -125,20 +114,16 @@ class GrowingHeadFedAvg(TrainOnly):
         metrics = {"classes": len(self.classes), "examples": int(examples.sum())}
         return ArrayRecord(averaged), MetricRecord(dict(metrics))
 
-    def _read(self, node: int, content: RecordDict) -> _Trained | None:
-        """Return what a node trained, ``None`` where it trained nothing or must be briefed.
+    def read(self, contributor: str, content: RecordDict) -> Trained | None:
+        """Return what a node trained, None where it trained nothing.
 
         Raises:
             InvalidMessage: The reply does not fit the request.
         """
         status = records.config(content, "status")
-        if status.get("needs-briefing"):
-            self._briefed.discard(node)
-            return None
-        name, examples = records.text(status, "contributor"), records.integer(status, "examples")
+        examples = records.integer(status, "examples")
         classes = _names(records.text(status, "classes"))
         model = _network(records.arrays(content, "model"))
-        self._briefed.add(node)
         if examples == 0:
             return None
         if not 0 < examples <= DEFAULT_CAP:
@@ -155,17 +140,87 @@ class GrowingHeadFedAvg(TrainOnly):
                 )
             if not np.isfinite(got).all():
                 raise InvalidMessage(f"expected finite numbers in {key!r}")
-        return _Trained(name, examples, classes, model)
+        return Trained(examples, classes, model)
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """What one node trained in a round."""
+class FedAvgTraining(LocalTraining):
+    """Trains the network that came on the mission's images alone and sends it back.
 
-    contributor: str
-    examples: int
-    classes: tuple[str, ...]
-    model: Mapping[str, Floats]
+    Args:
+        epochs: Passes over the images.
+        batch_size: Images a step.
+        lr: Learning rate.
+        momentum: Momentum of the gradient descent.
+        weight_decay: L2 penalty.
+        logits: ``all``: the softmax is over all classes of the head; ``met``: over those of the
+            mission, so that rows of classes that the node does not meet stay as they are.
+
+    Raises:
+        ConfigError: A setting is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        epochs: int = 5,
+        batch_size: int = 64,
+        lr: float = 0.01,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-3,
+        logits: str = "all",
+    ) -> None:
+        if logits not in ("all", "met"):
+            raise ConfigError(f"strategy.local.logits must be all or met, got {logits!r}.")
+        self.epochs, self.batch_size, self.logits = epochs, batch_size, logits
+        self.optimiser = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+
+    def train(self, visit: Visit, request: RecordDict) -> RecordDict:
+        """Train and return ``model``, and in ``status`` classes and number of examples."""
+        network = self.network(visit, request)
+        if visit.labels:
+            network.grow(sorted(set(visit.labels)))
+            self.fit(network, visit, request)
+        status = records.config_record(
+            classes=json.dumps(network.classes), examples=len(visit.labels)
+        )
+        return RecordDict({"model": network_record(network), "status": status})
+
+    def network(self, visit: Visit, request: RecordDict) -> FineTuning:
+        """Return the network that the server sent."""
+        classes = json.loads(records.text(records.config(request, "round"), "classes"))
+        model = records.arrays(request, "model")
+        return load_network(visit.encoder, model, classes, **self.optimiser)
+
+    def fit(self, network: FineTuning, visit: Visit, request: RecordDict) -> None:
+        """Train a network, whose head has all classes of the mission, in place."""
+        network.fit(
+            visit.images,
+            network.label(visit.labels),
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            rng=visit.rng("finetune"),
+            loss=self.loss(network, visit, request),
+            order=self.order(network, visit, request),
+        )
+
+    def loss(self, network: FineTuning, visit: Visit, request: RecordDict) -> Loss:
+        """Return the loss of a batch, see :data:`~clfed.learners.fine_tuning.Loss`."""
+        if self.logits == "all":
+            return _cross_entropy
+        met = torch.unique(network.label(visit.labels))
+
+        def restricted(network: FineTuning, images: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(network(images)[:, met], torch.searchsorted(met, labels))
+
+        return restricted
+
+    def order(self, network: FineTuning, visit: Visit, request: RecordDict) -> Order:
+        """Return how the images are divided into batches."""
+        return passes
+
+
+def _cross_entropy(network: FineTuning, images: Tensor, labels: Tensor) -> Tensor:
+    return network.training_step((images, labels), 0)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -25,7 +25,9 @@ from clfed.federated.intake import Intake, Limits, take_in
 from clfed.federated.node import digest, sendable
 from clfed.federated.wire import encode_memory
 from clfed.prototypes import MERGES, Contribution, ContributorLedger, PrototypeMemory
+from clfed.prototypes.classifiers import nearest_mean
 from clfed.prototypes.contribution import DEFAULT_CAP
+from clfed.prototypes.heads import Classifier
 from clfed.strategies.base import TrainOnly
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,8 @@ class PrototypeAveraging(TrainOnly):
         options: Of :class:`~clfed.strategies.base.TrainOnly`.
     """
 
+    leaves: ClassVar[str] = "class names, counts and sums of embeddings"
+
     def __init__(
         self,
         empty: PrototypeMemory,
@@ -104,6 +108,14 @@ class PrototypeAveraging(TrainOnly):
     def memory(self) -> PrototypeMemory:
         """The merged table; with ``merge="pooled"`` always the sum of the ledger's rows."""
         return self.ledger.total if self._merge == "pooled" else self._merged
+
+    def classifier(self) -> Classifier:
+        """Return what the method reads off the memory: the nearest class mean.
+
+        Raises:
+            NotEnoughData: Nothing has been merged yet.
+        """
+        return nearest_mean(self.memory)
 
     def arrays(self) -> ArrayRecord:
         """The merged memory as it is sent to nodes."""

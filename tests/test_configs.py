@@ -24,7 +24,7 @@ GIVEN = {
     "learner": {"backbone", "transform", "num_classes", "dim"},
     "unlearner": {"learner", "seed"},
     "forget": {"holdings", "seed", "original"},
-    "strategy": {"empty", "merge", "initial", "briefing", "session", "nodes"},
+    "strategy": {"empty", "merge", "initial", "briefing", "session", "nodes", "encoder", "seed"},
     "engine": {"serve", "nodes"},
     "logger": {"folder", "config"},
 }
@@ -133,9 +133,9 @@ def test_what_does_not_compose_is_one_sentence(overrides):
 def test_settings_that_a_target_does_not_take_are_refused():
     with pytest.raises(ConfigError, match="magic"):
         build({"_target_": "clfed.federated.engines.local", "magic": 1}, serve=print, nodes=1)
-    options = {"briefing": {}, "session": "s", "magic": 1}
+    options = {"encoder": None, "local": {}, "session": "s", "magic": 1}
     with pytest.raises(ConfigError, match="magic"):
-        build({"_target_": "clfed.strategies.GrowingHeadFedAvg", **options})
+        build({"_target_": "clfed.strategies.FedAvg", **options})
     with pytest.raises(ConfigError, match=r"clfed\.nowhere"):
         build({"_target_": "clfed.nowhere"})
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from clfed import __version__
 from clfed.errors import FederationError
 from clfed.federated.grid import LocalGrid
-from clfed.strategies import GrowingHeadFedAvg
+from clfed.strategies import FedAvg
 
 WIDTH = 3
 
@@ -37,7 +37,7 @@ class Nodes:
 
 def strategy():
     """A server that has sent a network without classes to one node."""
-    server = GrowingHeadFedAvg(briefing={}, session="s", wait=0.0)
+    server = FedAvg(None, local={}, briefing={}, session="s", wait=0.0)
     start = record(network("", np.random.default_rng(0)))
     list(server.configure_train(1, start, ConfigRecord(), Nodes(1)))
     return server
@@ -58,7 +58,7 @@ def record(model):
 
 
 def message(content, node=1):
-    request = Message(RecordDict(), dst_node_id=node, message_type="train.finetune")
+    request = Message(RecordDict(), dst_node_id=node, message_type="train.local")
     # Flower numbers messages when they enter the network.
     request.metadata.__dict__["_message_id"] = str(node)
     return Message(content, reply_to=request)
@@ -232,17 +232,26 @@ def test_a_bad_reply_changes_nothing(name):
 
 
 def test_the_network_goes_to_everybody_and_the_briefing_once():
-    server = GrowingHeadFedAvg(
-        briefing={"briefing": ConfigRecord({"settings": "x"})}, session="mine", nodes=3, wait=0.0
+    server = FedAvg(
+        None,
+        local={"_target_": "y"},
+        briefing={"briefing": ConfigRecord({"settings": "x"})},
+        seed=5,
+        session="mine",
+        nodes=3,
+        wait=0.0,
     )
     arrays = record(network("", np.random.default_rng(0)))
     first = list(server.configure_train(1, arrays, ConfigRecord({"extra": 1}), Nodes(3)))
     assert [m.metadata.dst_node_id for m in first] == [1, 2, 3]
-    assert {m.metadata.message_type for m in first} == {"train.finetune"}
+    assert {m.metadata.message_type for m in first} == {"train.local"}
     assert all("briefing" in m.content and "model" in m.content for m in first)
+    assert dict(first[0].content["local"]) == {"json": '{"_target_": "y"}'}
     assert dict(first[0].content["round"]) == {
         "extra": 1,
         "round": 1,
+        "mission": 1,
+        "seed": 5,
         "session": "mine",
         "clfed": __version__,
         "classes": "[]",
@@ -255,8 +264,12 @@ def test_the_network_goes_to_everybody_and_the_briefing_once():
 
 
 def test_a_node_that_asks_for_the_briefing_gets_it():
-    server = GrowingHeadFedAvg(
-        briefing={"briefing": ConfigRecord({"settings": "x"})}, session="s", wait=0.0
+    server = FedAvg(
+        None,
+        local={},
+        briefing={"briefing": ConfigRecord({"settings": "x"})},
+        session="s",
+        wait=0.0,
     )
     arrays = record(network("", np.random.default_rng(0)))
     list(server.configure_train(1, arrays, ConfigRecord(), Nodes(2)))
@@ -268,7 +281,7 @@ def test_a_node_that_asks_for_the_briefing_gets_it():
 
 
 def test_nobody_there_is_an_error_and_nothing_is_sent_for_evaluation():
-    server = GrowingHeadFedAvg(briefing={}, session="s", wait=0.0)
+    server = FedAvg(None, local={}, briefing={}, session="s", wait=0.0)
     with pytest.raises(FederationError, match="No node"):
         server.configure_train(1, ArrayRecord(), ConfigRecord(), Nodes(0))
     assert server.configure_evaluate(1, ArrayRecord(), ConfigRecord(), Nodes(1)) == []

@@ -202,7 +202,7 @@ def test_training_goes_on_after_a_prediction(pixels):
 def test_a_network_survives_the_wire(pixels):
     options = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.0}
     learner = fit(FineTuning(pixels, "abc", **options), pictures())
-    copy = load_network(pixels, network_record(learner), learner.classes, options)
+    copy = load_network(pixels, network_record(learner), learner.classes, **options)
     assert bits(copy) == bits(learner) and copy.classes == learner.classes
     assert bits(fit(copy, pictures())) == bits(fit(learner, pictures()))
 

@@ -19,12 +19,12 @@ class Judge:
 
     Args:
         test: Test images with their class names.
-        embeddings: ``(N, D)``, one row for each test image.
+        embeddings: ``(N, D)``, one row for each test image; for :meth:`correct` alone.
     """
 
-    def __init__(self, test: ImageSet, embeddings: Tensor) -> None:
+    def __init__(self, test: ImageSet, embeddings: Tensor | None = None) -> None:
         self.images = test
-        self._embeddings = embeddings
+        self._embeddings = torch.empty(len(test), 0) if embeddings is None else embeddings
         self._place = {name: i for i, name in enumerate(test.classes)}
 
     def of(self, known: Iterable[str]) -> Tensor:
@@ -40,7 +40,7 @@ class Judge:
         """
         if classifier is None:
             return torch.zeros(len(images), dtype=torch.bool)
-        return self._right(classifier.classes, classifier.predict(self._embeddings[images]), images)
+        return self.right(classifier.classes, classifier.predict(self._embeddings[images]), images)
 
     def correct_network(
         self, classes: Sequence[str], predict: Callable[[Tensor], Tensor], images: Tensor
@@ -52,9 +52,16 @@ class Judge:
             predict: Maps images to output numbers.
             images: Positions of test images.
         """
-        return self._right(classes, predict(self.images.images[images]), images)
+        return self.right(classes, predict(self.images.images[images]), images)
 
-    def _right(self, classes: Sequence[str], predicted: Tensor, images: Tensor) -> Tensor:
+    def right(self, classes: Sequence[str], predicted: Tensor, images: Tensor) -> Tensor:
+        """Return for each of these test images whether it was named rightly, bool.
+
+        Args:
+            classes: Names that were to choose from.
+            predicted: ``(M,)`` int64, the number of the chosen one for each image.
+            images: ``(M,)``, positions of test images.
+        """
         # Names outside the test classes (base classes) get -1, which no label equals.
         place = torch.tensor([self._place.get(name, -1) for name in classes], dtype=torch.int64)
         return place[predicted] == self.images.labels[images]

@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from flwr.app import Context, RecordDict
+from flwr.app import Array, ArrayRecord, Context, MetricRecord, RecordDict
 
 from clfed import __version__
-from clfed.errors import FederationError, VersionMismatch
+from clfed.config import build
+from clfed.errors import ConfigError, FederationError, VersionMismatch
+from clfed.federated.gauge import Gauge
+from clfed.federated.local_training import LocalTraining, Visit
 from clfed.federated.node import MissionNode, Node, open_node
 from clfed.federated.records import arrays, config, config_record, integer, text
-from clfed.federated.wire import encode_contribution
-from clfed.seeding import generator
+from clfed.federated.wire import COST, encode_contribution
 
 
 def answer(action: str, content: RecordDict, context: Context) -> RecordDict:
@@ -35,7 +37,14 @@ def answer(action: str, content: RecordDict, context: Context) -> RecordDict:
     node = open_node(content, context)
     if node is None:
         return RecordDict({"status": config_record(needs_briefing=True)})
-    return ACTIONS[action](node, content)
+    if not head.get("gauge"):
+        return ACTIONS[action](node, content)
+    with Gauge() as gauge:
+        reply = ACTIONS[action](node, content)
+    reply[COST] = cost = MetricRecord({"seconds": gauge.seconds})
+    if gauge.peak is not None:
+        cost["peak"] = gauge.peak
+    return reply
 
 
 def answer_alone(action: str, content: RecordDict, context: Context) -> RecordDict:
@@ -72,44 +81,82 @@ def keep(node: Node, content: RecordDict) -> RecordDict:
     return RecordDict({"status": config_record(contributor=node.name, sha256=sha256)})
 
 
-def finetune(node: Node, content: RecordDict) -> RecordDict:
-    """Train the whole network on this round's images alone and send it back.
+def introduce(node: Node, content: RecordDict) -> RecordDict:
+    """Say which node this is, so that a server can choose among nodes by name."""
+    node.write()
+    return RecordDict({"status": node.status()})
+
+
+def train(node: Node, content: RecordDict) -> RecordDict:
+    """Train on this round's images as the method's own half says, see :mod:`.local_training`.
 
     Raises:
         FederationError: The node is not a simulated one.
     """
-    from clfed.federated.networks import load_network, network_record
+    method, visit = _visit(node, content)
+    reply = method.train(visit, content)
+    node.write()
+    status = node.status()
+    status.update(config(reply, "status") if "status" in reply else {})
+    reply["status"] = status
+    return reply
 
+
+def score(node: Node, content: RecordDict) -> RecordDict:
+    """Say how hard this round's images are for what the server sent."""
+    method, visit = _visit(node, content)
+    status = config_record(contributor=node.name, score=method.score(visit, content))
+    node.write()
+    return RecordDict({"status": status})
+
+
+def predict(node: Node, content: RecordDict) -> RecordDict:
+    """Answer the test images of all classes known so far with the node's own model."""
+    method, visit = _visit(node, content)
+    assert isinstance(node, MissionNode)
+    plan = node.field.plan
+    images = plan.test.images[plan.asked(visit.mission)]
+    classes, predicted = method.predict(visit, content, images)
+    node.write()
+    answers = ArrayRecord({"predicted": Array(predicted.numpy())})
+    status = config_record(
+        contributor=node.name, number=node.number, classes=json.dumps(list(classes))
+    )
+    return RecordDict({"status": status, "answers": answers})
+
+
+def _visit(node: Node, content: RecordDict) -> tuple[LocalTraining, Visit]:
     if not isinstance(node, MissionNode):
         raise FederationError(f"{node.name!r} takes part with class statistics alone.")
     head = config(content, "round")
-    round_ = integer(head, "round")
-    settings = node.settings["finetune"]
-    images, labels = node.field.images(node.number, round_)
-    learner = load_network(
-        node.encoder,
-        arrays(content, "model"),
-        json.loads(text(head, "classes")),
-        settings["optimiser"],
-    )
-    if labels:
-        learner.grow(sorted(set(labels)))
-        rng = generator(settings["seed"], "finetune", node.name, round_)
-        learner.fit(
-            images,
-            learner.label(labels),
-            epochs=settings["epochs"],
-            batch_size=settings["batch_size"],
-            rng=rng,
+    mission = integer(head, "mission")
+    images, labels = node.field.images(node.number, mission)
+    method = build(node.settings["local"])
+    if not isinstance(method, LocalTraining):
+        raise ConfigError(
+            f"Expected strategy.local to train at nodes, got {type(method).__name__}."
         )
-    node.write()
-    status = config_record(
-        contributor=node.name, classes=json.dumps(learner.classes), examples=len(labels)
+    return method, Visit(
+        node=node.name,
+        number=node.number,
+        mission=mission,
+        round=integer(head, "round"),
+        seed=integer(head, "seed"),
+        encoder=node.encoder,
+        images=images,
+        labels=labels,
+        state=node.kept,
     )
-    return RecordDict({"model": network_record(learner), "status": status})
 
 
 Action = Callable[[Node, RecordDict], RecordDict]
 ACTIONS: Mapping[str, Action] = MappingProxyType(
-    {"reconnoitre": reconnoitre, "keep": keep, "finetune": finetune}
+    {
+        "reconnoitre": reconnoitre,
+        "keep": keep,
+        "introduce": introduce,
+        "train": train,
+        "score": score,
+        "predict": predict,
+    }
 )

@@ -26,10 +26,28 @@ def keep(message: Message, context: Context) -> Message:
     return _answer("keep", message, context)
 
 
-@app.train("finetune")
-def finetune(message: Message, context: Context) -> Message:
-    """Train the whole network on this round's images alone and send it back."""
-    return _answer("finetune", message, context)
+@app.train("local")
+def train(message: Message, context: Context) -> Message:
+    """Train on this round's images as the method's own half says, and send what it sends."""
+    return _answer("train", message, context)
+
+
+@app.query("introduce")
+def introduce(message: Message, context: Context) -> Message:
+    """Say which node this is."""
+    return _answer("introduce", message, context)
+
+
+@app.query("score")
+def score(message: Message, context: Context) -> Message:
+    """Say how hard this round's images are for what the server sent."""
+    return _answer("score", message, context)
+
+
+@app.query("predict")
+def predict(message: Message, context: Context) -> Message:
+    """Answer test images with the node's own model."""
+    return _answer("predict", message, context)
 
 
 def _answer(action: str, message: Message, context: Context) -> Message:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from clfed.backbones import Encoder
@@ -44,10 +45,14 @@ class Field:
         """Return embeddings ``(B, D)`` and class names of what a node meets in a round."""
         support = self.plan.support
         mission = self.plan.mission(node, round_)
-        embeddings = self.embed(support, encoder)
         if mission is None:
-            return embeddings[:0], []
-        return embeddings[mission.indices], names(support, mission.indices)
+            return torch.empty(0, encoder.dim), []
+        met = names(support, mission.indices)
+        whole = self._embedded.get((encoder.embedding_id, support.fingerprint))
+        if whole is not None:
+            return whole[mission.indices], met
+        # An image's embedding does not depend on its neighbours, so a node needs only its own.
+        return encoder.embed(support.images[mission.indices]), met
 
     def images(self, node: int, round_: int) -> tuple[Tensor, list[str]]:
         """Return images ``(B, C, H, W)`` and class names of what a node meets in a round."""

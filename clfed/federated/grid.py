@@ -15,6 +15,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from clfed.errors import ClfedError
+from clfed.federated.wire import record_bytes
 
 _CLIENT_FAILED = 2
 
@@ -102,6 +103,64 @@ class LocalGrid(Grid):
             reply = Message(Error(code=_CLIENT_FAILED, reason=text), reply_to=message)
         self._replies[identity] = reply
         return identity
+
+
+class Meter(Grid):
+    """Hands everything on to another grid and counts the payload bytes that pass.
+
+    Args:
+        grid: Any grid.
+
+    Attributes:
+        down: Bytes sent to nodes.
+        up: Bytes of the replies that hold content.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self.down = self.up = 0
+
+    def set_run(self, run: Run) -> None:
+        """Set the run that messages belong to."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """The run that messages belong to."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Build a message, as ``flwr.app.Message`` does."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of the nodes that are there."""
+        return self._grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages."""
+        messages = list(messages)
+        self.down += sum(record_bytes(message.content) for message in messages)
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that are there."""
+        replies = list(self._grid.pull_messages(message_ids))
+        self.up += sum(record_bytes(reply.content) for reply in replies if reply.has_content())
+        return replies
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send messages and wait for the replies."""
+        return exchange(self, messages, timeout=DEFAULT_TTL if timeout is None else timeout)
 
 
 class Mailbox:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from flwr.app import ArrayRecord
@@ -17,7 +17,7 @@ def network_record(learner: FineTuning) -> ArrayRecord:
 
 
 def load_network(
-    encoder: Encoder, record: ArrayRecord, classes: Sequence[str], options: Mapping[str, Any]
+    encoder: Encoder, record: ArrayRecord, classes: Sequence[str], **options: Any
 ) -> FineTuning:
     """Return the network of a record.
 

@@ -206,6 +206,8 @@ class MissionNode(Node):
         encoder = brief(content, identity, Path(settings["cache_dir"]) / "encoders")
         if encoder is None:
             return None
+        if "local" in content:
+            settings["local"] = json.loads(text(config(content, "local"), "json"))
         if own is None:
             own = PrototypeMemory.empty(encoder.dim, identity, settings["moments"])
         return cls(name, number, encoder, session, settings, round_, version, own, state)

@@ -11,7 +11,7 @@ from clfed.errors import InvalidMessage
 T = TypeVar("T")
 
 
-def config_record(**values: str | int | bool | bytes) -> ConfigRecord:
+def config_record(**values: str | int | float | bool | bytes) -> ConfigRecord:
     """Return a config record of these entries; underscores in names become hyphens."""
     return ConfigRecord({key.replace("_", "-"): value for key, value in values.items()})
 

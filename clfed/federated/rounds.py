@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from flwr.app import ArrayRecord, ConfigRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from clfed.errors import FederationError
-from clfed.federated.grid import exchange
-from clfed.federated.wire import record_bytes
+from clfed.federated.grid import Meter, exchange
+from clfed.federated.wire import COST
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class RoundReport:
         asked: Number of nodes addressed.
         answered: Number of replies without error.
         seconds: Wall-clock time of the round.
+        node_seconds: Time that the nodes worked, summed over nodes, where they are gauged.
+        peak: Largest memory that the work of one node took, bytes; None where it is not measured.
     """
 
     round: int
@@ -34,6 +36,8 @@ class RoundReport:
     asked: int
     answered: int
     seconds: float
+    node_seconds: float = 0.0
+    peak: int | None = None
 
 
 def run_rounds(
@@ -44,6 +48,7 @@ def run_rounds(
     rounds: int,
     timeout: float,
     after: Callable[[RoundReport, ArrayRecord], None],
+    gauged: bool = False,
 ) -> ArrayRecord:
     """Run rounds of a strategy: configure, exchange, aggregate.
 
@@ -54,6 +59,7 @@ def run_rounds(
         rounds: Number of rounds.
         timeout: Longest wait for the replies of a round, seconds.
         after: Called after each round with its report and the new arrays.
+        gauged: Whether nodes measure the time and memory that they take.
 
     Returns:
         The arrays after the last round.
@@ -61,11 +67,11 @@ def run_rounds(
     Raises:
         FederationError: Not one node answered a round without an error.
     """
+    config = ConfigRecord({"gauge": True} if gauged else {})
     for number in range(1, rounds + 1):
-        start = time.perf_counter()
-        messages = list(strategy.configure_train(number, arrays, ConfigRecord(), grid))
-        down = sum(record_bytes(m.content) for m in messages)
-        replies = exchange(grid, messages, timeout=timeout)
+        start, meter = time.perf_counter(), Meter(grid)
+        messages = list(strategy.configure_train(number, arrays, config, meter))
+        replies = exchange(meter, messages, timeout=timeout)
         good = [r for r in replies if r.has_content()]
         if not good:
             reasons = sorted({str(r.error.reason) for r in replies if r.has_error()})
@@ -73,9 +79,25 @@ def run_rounds(
                 f"None of {len(messages)} nodes answered round {number} within {timeout:g} s. "
                 + (f"First error: {reasons[0]}" if reasons else "No reply came.")
             )
-        up = sum(record_bytes(r.content) for r in good)
         merged, _ = strategy.aggregate_train(number, replies)
         arrays = arrays if merged is None else merged
-        seconds = time.perf_counter() - start
-        after(RoundReport(number, down, up, len(messages), len(good), seconds), arrays)
+        seconds, peaks = _measured(good, "seconds"), _measured(good, "peak")
+        after(
+            RoundReport(
+                round=number,
+                down=meter.down,
+                up=meter.up,
+                asked=len(messages),
+                answered=len(good),
+                seconds=time.perf_counter() - start,
+                node_seconds=sum(seconds),
+                peak=int(max(peaks)) if peaks else None,
+            ),
+            arrays,
+        )
     return arrays
+
+
+def _measured(replies: Iterable[Message], key: str) -> list[float]:
+    found = [reply.content[COST].get(key) for reply in replies if COST in reply.content]
+    return [value for value in found if isinstance(value, int | float)]

@@ -25,6 +25,8 @@ from clfed.prototypes import Contribution, PrototypeMemory
 from clfed.prototypes.compression import restore_rows, round_rows
 
 WIRE_VERSION = 1
+#: Record of a reply that holds what the work took, where a server asks; no part of the message.
+COST = "cost"
 _INTEGERS = (np.int8, np.int16, np.int32, np.int64)
 _BEFORE_HEADER = 10  # bytes: magic, version, length of the header
 _FIELDS = {"head", "counts", "sums"}
@@ -54,8 +56,8 @@ def narrow(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def record_bytes(content: RecordDict) -> int:
-    """Return the payload bytes of a message's content, over all of its records."""
-    return sum(record.count_bytes() for record in content.values())
+    """Return the payload bytes of a message's content, over all of its records but :data:`COST`."""
+    return sum(record.count_bytes() for name, record in content.items() if name != COST)
 
 
 def encode_memory(memory: PrototypeMemory) -> ArrayRecord:

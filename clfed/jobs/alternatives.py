@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 from flwr.app import ArrayRecord
 
 from clfed.evaluation.judge import fraction
-from clfed.federated.networks import load_network, network_record
 from clfed.federated.rounds import RoundReport, run_rounds
 from clfed.jobs.draw import Cost, Setting
 from clfed.learners.fine_tuning import FineTuning
 from clfed.seeding import generator
-from clfed.strategies import GrowingHeadFedAvg
+from clfed.strategies import FedAvg
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -37,15 +36,21 @@ def finetuned(setting: Setting) -> tuple[list[float], Cost]:
         The accuracy on all classes known after each round, and the cost.
     """
     job, plan = setting.cfg.job.finetuned, setting.plan
-    strategy = GrowingHeadFedAvg(
-        briefing=setting.briefing, session=setting.session, nodes=plan.nodes
+    options = {"epochs": job.epochs, "batch_size": job.batch_size, **optimiser(job)}
+    strategy = FedAvg(
+        setting.encoder,
+        local={"_target_": "clfed.strategies.fedavg.FedAvgTraining", **options},
+        briefing=setting.briefing,
+        session=setting.session,
+        nodes=plan.nodes,
+        seed=setting.cfg.seed,
     )
     accuracies: list[float] = []
     cost = Cost()
 
     def after(report: RoundReport, arrays: ArrayRecord) -> None:
         images = setting.judge.of(plan.known(report.round))
-        network = load_network(setting.encoder, arrays, strategy.classes, optimiser(job))
+        network = strategy.network(arrays)
         right = setting.judge.correct_network(network.classes, network.predict, images)
         accuracies.append(fraction(right))
         setting.log(report.round, {"accuracy/finetuned": accuracies[-1]})
@@ -58,7 +63,7 @@ def finetuned(setting: Setting) -> tuple[list[float], Cost]:
         run_rounds(
             strategy,
             setting.grid,
-            network_record(FineTuning(setting.encoder, (), **optimiser(job))),
+            strategy.arrays(),
             rounds=plan.rounds,
             timeout=setting.cfg.job.timeout,
             after=after,

@@ -38,7 +38,7 @@ from clfed.federated.grid import exchange
 from clfed.federated.node import briefing
 from clfed.federated.rounds import RoundReport, run_rounds
 from clfed.federated.wire import record_bytes
-from clfed.jobs.alternatives import finetuned, joint, optimiser, wanted
+from clfed.jobs.alternatives import finetuned, joint, wanted
 from clfed.jobs.draw import Cost, Draw, Setting, Step
 from clfed.jobs.run import Run, open_run, train_encoder
 from clfed.jobs.settings import answering, check
@@ -133,14 +133,6 @@ def _setting(
         "moments": cfg.memory.moments,
         "cache_dir": str(run.cache_dir),
     }
-    job = cfg.job.finetuned
-    if job is not None:
-        settings["finetune"] = {
-            "epochs": job.epochs,
-            "batch_size": job.batch_size,
-            "seed": cfg.seed,
-            "optimiser": optimiser(job),
-        }
     session = f"{encoder.embedding_id[:16]}/{cfg.seed}/{number}"
     records = briefing(settings, encoder)
     return Setting(cfg, run, grid, opened, encoder, judge, number, session, records)

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from clfed.config import target
 from clfed.errors import ConfigError
 from clfed.prototypes import CLASSIFIERS, MERGES
 from clfed.prototypes.tables import Moments
@@ -32,6 +33,11 @@ def check(cfg: DictConfig) -> None:
             number(cfg, f"job.{name}.{option}")
         if cfg.job[name].draws is not None:
             whole(cfg, f"job.{name}.draws", least=0)
+    if not statistics_alone(cfg.strategy):
+        raise ConfigError(
+            f"job=reconnaissance merges class statistics, which {cfg.strategy._target_} does not.",
+            remedy="Run it with job=federated.",
+        )
     one_of(cfg, "merge", MERGES)
     one_of(cfg, "memory.moments", get_args(Moments))
     answering(cfg)
@@ -53,6 +59,35 @@ def check_unlearning(cfg: DictConfig) -> None:
     for key, least in (("shadows", 4), ("klom", 3)):
         if cfg.job[key] is not None:
             whole(cfg, f"job.{key}", least=least)
+
+
+def check_federated(cfg: DictConfig) -> None:
+    """Refuse settings of the federated job that are of the wrong kind.
+
+    Raises:
+        ConfigError: Names the first key that does not fit.
+    """
+    number(cfg, "job.timeout")
+    if cfg.job.every is not None:
+        whole(cfg, "job.every", least=1)
+    number(cfg, "strategy.wait")
+    one_of(cfg, "merge", MERGES)
+    one_of(cfg, "memory.moments", get_args(Moments))
+
+
+def statistics_alone(strategy: Mapping[str, Any]) -> bool:
+    """Whether nodes of a strategy send class statistics and train nothing.
+
+    Args:
+        strategy: Its ``_target_`` and settings.
+
+    Raises:
+        ConfigError: There is no such strategy.
+    """
+    from clfed.strategies.prototype_averaging import PrototypeAveraging
+
+    found = target(strategy)
+    return isinstance(found, type) and issubclass(found, PrototypeAveraging)
 
 
 def answering(cfg: DictConfig) -> tuple[str, dict[str, Any]]:

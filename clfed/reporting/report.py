@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
 
+from clfed.reporting.cells import NOTHING, bar, join, mean, number, percent
 from clfed.reporting.commands import command_lines, differences
 from clfed.reporting.run_groups import FinishedRun, Repetitions, by_method, by_protocol
 from clfed.reporting.tables import markdown_table
@@ -21,7 +21,6 @@ MARKS = {
     "exact": "an algorithm guarantees the result, for what its scope names",
     "own original": "forgets from a model that it trained in its own way, not from the original",
 }
-NOTHING = "-"
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ _CELLS = (
 
 def _streams(group: Sequence[FinishedRun]) -> Table:
     """One row a learner, the most accurate one first."""
-    rows = sorted(by_method(group), key=lambda row: (-_mean(_accuracies(row)), _learner(row)))
+    rows = sorted(by_method(group), key=lambda row: (-mean(_accuracies(row)), _learner(row)))
     labels = _labels(rows)
     marks = [_marks(row) for row in rows]
     cells: list[dict[str, object]] = [
@@ -95,13 +94,13 @@ def _streams(group: Sequence[FinishedRun]) -> Table:
             "learner": _marked(label, marked),
             "kept images": max(int(run.method.get("images_kept", 0)) for run in row.runs),
             "merge": str(row.runs[0].method.get("merge", NOTHING)),
-            "accuracy %": _percent(_accuracies(row)),
-            "incremental %": _percent(_metric(row, "acc/inc")),
-            "forgetting %": _percent(_metric(row, "forgetting/max")),
-            "WC-ACC %": _percent(_each(row, lambda r: r.get("stability", {}).get("wc_acc"))),
-            "stored kB": _number(_each(row, _stored), "{:,.1f}"),
-            "seconds": _number(_each(row, lambda r: r["final"]["seconds"]), "{:,.1f}"),
-            "seeds": _join(row.seeds),
+            "accuracy %": percent(_accuracies(row)),
+            "incremental %": percent(_metric(row, "acc/inc")),
+            "forgetting %": percent(_metric(row, "forgetting/max")),
+            "WC-ACC %": percent(_each(row, lambda r: r.get("stability", {}).get("wc_acc"))),
+            "stored kB": number(_each(row, _stored), "{:,.1f}"),
+            "seconds": number(_each(row, lambda r: r["final"]["seconds"]), "{:,.1f}"),
+            "seeds": join(row.seeds),
         }
         for row, label, marked in zip(rows, labels, marks, strict=True)
     ]
@@ -109,7 +108,7 @@ def _streams(group: Sequence[FinishedRun]) -> Table:
         for row in cells:
             del row["WC-ACC %"]
     bars = [
-        {"learner": label, "marks": marked, **_bar(_accuracies(row))}
+        {"learner": label, "marks": marked, **bar(_accuracies(row))}
         for row, label, marked in zip(rows, labels, marks, strict=True)
     ]
     return _table(group, rows, cells, bars, marks)
@@ -132,22 +131,22 @@ def _alternatives(group: Sequence[FinishedRun]) -> Table:
     # Results without alternatives name them in their accuracies.
     names = names or list(dict.fromkeys(n for f in final for n in f))
     values = {name: [f[name] for f in final if name in f] for name in names}
-    names.sort(key=lambda name: (-_mean(values[name]), name))
+    names.sort(key=lambda name: (-mean(values[name]), name))
     # One run may be many draws already; its own spread is then the only one there is.
     spreads = [run.results["final"].get("spread", {}) for run in row.runs]
     alone = {n: spreads[0].get(n) if len(row.runs) == 1 else None for n in names}
     cells: list[dict[str, object]] = [
         {
             "alternative": name,
-            "accuracy %": _percent(values[name], alone[name]),
+            "accuracy %": percent(values[name], alone[name]),
             "kB up": _cost(listed, name, lambda c: c["bytes"]["up"] / 1000),
             "kB down": _cost(listed, name, lambda c: c["bytes"]["down"] / 1000),
             "seconds": _cost(listed, name, lambda c: c["seconds"]),
-            "seeds": _join(r.seed for r, f in zip(row.runs, final, strict=True) if name in f),
+            "seeds": join(r.seed for r, f in zip(row.runs, final, strict=True) if name in f),
         }
         for name in names
     ]
-    bars = [{"learner": name, **_bar(values[name], alone[name])} for name in names]
+    bars = [{"learner": name, **bar(values[name], alone[name])} for name in names]
     return _table(group, [row], cells, bars, [])
 
 
@@ -252,33 +251,9 @@ def _cost(
 ) -> str:
     costs = [alternatives[name] for alternatives in listed if name in alternatives]
     try:
-        return _number([find(cost) for cost in costs], "{:,.1f}")
+        return number([find(cost) for cost in costs], "{:,.1f}")
     except KeyError:
         return NOTHING
-
-
-def _bar(values: Sequence[float], spread: float | None = None) -> dict[str, Any]:
-    several = len(values) > 1
-    return {"accuracy": _mean(values), "spread": statistics.stdev(values) if several else spread}
-
-
-def _percent(values: Sequence[float], spread: float | None = None) -> str:
-    if not values:
-        return NOTHING
-    spread = statistics.stdev(values) if len(values) > 1 else spread
-    return f"{100 * _mean(values):.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
-
-
-def _number(values: Sequence[float], form: str) -> str:
-    return form.format(_mean(values)) if values else NOTHING
-
-
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values)
-
-
-def _join(seeds: Iterable[int]) -> str:
-    return ", ".join(map(str, seeds))
 
 
 def _about(group: Sequence[FinishedRun]) -> str:

@@ -18,7 +18,12 @@ from clfed.reporting.results import read
 logger = logging.getLogger(__name__)
 
 #: Jobs that have a table, with the key of their results that tells rows apart.
-JOBS = {"continual": "learner", "unlearning": "unlearner", "reconnaissance": ""}
+JOBS = {
+    "continual": "learner",
+    "unlearning": "unlearner",
+    "federated": "method",
+    "reconnaissance": "",
+}
 #: Keys of a protocol that a repetition changes, or that were measured.
 REPEATED = ("seeds", "embedding")
 #: The same within ``protocol.training``.

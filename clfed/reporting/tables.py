@@ -149,6 +149,32 @@ def metrics_table(results: Mapping[str, Any]) -> Table:
     return console_table(title, ("", "value", "name"), rows, caption)
 
 
+def federated_table(results: Mapping[str, Any]) -> Table:
+    """The table at the end of a federated method: what it knows, what it took, what left a node.
+
+    Args:
+        results: Valid results of the federated job.
+    """
+    final, method = results["final"], results["method"]
+    lost, peak = final["forgetting"], final["peak_bytes"]
+    rows = [
+        ("accuracy on all classes", f"{final['accuracy']['union']:.1%}"),
+        ("accuracy on what is like a node's own", f"{final['accuracy']['own']:.1%}"),
+        ("forgetting", "-" if lost is None else f"{lost:.1%}"),
+        ("sent by nodes, kB", _kilobytes(final["bytes"]["up"])),
+        ("sent to nodes, kB", _kilobytes(final["bytes"]["down"])),
+        ("work of the nodes, s", _seconds(final["node_seconds"])),
+        ("largest memory of a node's work, MB", "-" if peak is None else f"{peak / 1e6:,.0f}"),
+    ]
+    protocol = results["protocol"]
+    caption = (
+        f"{protocol['missions']} missions of {protocol['nodes']} nodes, {protocol['classes']} "
+        f"classes; what leaves a node: {method['leaves']}"
+    )
+    title = f"{results['job']}: {method['name']}, seed {results['seed']}"
+    return console_table(title, ("", "value"), rows, caption)
+
+
 def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
     """Rows as a Markdown table; columns in the order in which they first occur.
 

@@ -1,5 +1,6 @@
 """Who sees which classes when."""
 
+from clfed.scenarios.dirichlet import dirichlet
 from clfed.scenarios.domains import permuted, rotated
 from clfed.scenarios.few_shot import few_shot
 from clfed.scenarios.missions import (
@@ -21,6 +22,7 @@ __all__ = [
     "Setting",
     "Stream",
     "class_incremental",
+    "dirichlet",
     "expected_coverage",
     "few_shot",
     "multi_client",

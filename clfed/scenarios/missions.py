@@ -7,7 +7,7 @@ trains or embeds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -48,6 +48,8 @@ class MissionPlan:
         test: Test images of the field classes, never seen in a mission.
         base_support: Images of the base classes that every node starts with, or ``None``.
         base_test: Test images of the base classes, or ``None``.
+        test_shares: Positions in ``test`` that are distributed as each node's own images are, one
+            entry a node; ``None``: those of the classes that the node has met.
     """
 
     nodes: int
@@ -57,6 +59,7 @@ class MissionPlan:
     test: ImageSet
     base_support: ImageSet | None = None
     base_test: ImageSet | None = None
+    test_shares: tuple[Tensor, ...] | None = None
 
     @cached_property
     def _by_key(self) -> dict[tuple[int, int], Mission]:
@@ -75,6 +78,25 @@ class MissionPlan:
         """Return the sorted names of all field classes met by any node up to a round."""
         names = (m.classes for m in self.missions if m.round <= round_)
         return tuple(sorted(set().union(*names)))
+
+    def asked(self, round_: int) -> Tensor:
+        """Return the test positions of all classes met by any node up to a round, ascending."""
+        return self._tested(self.known(round_)).nonzero().flatten()
+
+    def own_test(self, node: int, round_: int) -> Tensor:
+        """Return those of :meth:`asked` that are like what a node has met itself, ascending."""
+        if self.test_shares is not None:
+            share = self.test_shares[node]
+            return share[self._tested(self.known(round_))[share]]
+        names = (m.classes for m in self.missions if m.round <= round_ and m.node == node)
+        return self._tested(set().union(*names)).nonzero().flatten()
+
+    def _tested(self, classes: Iterable[str]) -> Tensor:
+        """Return for each test image whether it is of one of these classes, bool."""
+        place = {name: index for index, name in enumerate(self.test.classes)}
+        chosen = torch.zeros(len(self.test.classes), dtype=torch.bool)
+        chosen[[place[name] for name in classes]] = True
+        return chosen[self.test.labels]
 
 
 def expected_coverage(classes: int, classes_per_mission: int, missions: int) -> float:
@@ -95,7 +117,12 @@ def expected_coverage(classes: int, classes_per_mission: int, missions: int) -> 
     return float(classes * (1.0 - (1.0 - classes_per_mission / classes) ** missions))
 
 
-def _positive(**values: int) -> None:
+def positive(**values: int) -> None:
+    """Refuse settings of a scenario that are not whole numbers of at least 1.
+
+    Raises:
+        ConfigError: Names the first one.
+    """
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(
@@ -108,7 +135,7 @@ def _draw(items: Sequence[int], count: int, rng: torch.Generator) -> list[int]:
     return [items[i] for i in order]
 
 
-def _split(
+def split_support(
     benchmark: Benchmark, classes: Sequence[str], test_images: int | None, rng: torch.Generator
 ) -> tuple[ImageSet, ImageSet]:
     """Return support pool and test set of some classes, disjoint.
@@ -150,7 +177,7 @@ def _field(benchmark: Benchmark, limit: int | None, rng: torch.Generator) -> lis
         raise NotEnoughData(f"Data set {benchmark.name!r} has no field classes to meet.")
     if limit is None:
         return names
-    _positive(field_classes=limit)
+    positive(field_classes=limit)
     if limit > len(names):
         raise NotEnoughData(
             f"The scenario asks for {limit} field classes, but data set {benchmark.name!r} has "
@@ -237,9 +264,9 @@ def multi_client(
         ConfigError: A setting is out of range.
         NotEnoughData: The data set has too few classes or images for the settings.
     """
-    _positive(nodes=nodes, classes_per_mission=classes_per_mission, shots=shots)
+    positive(nodes=nodes, classes_per_mission=classes_per_mission, shots=shots)
     if rounds is not None:
-        _positive(rounds=rounds)
+        positive(rounds=rounds)
     elif replacement:
         raise ConfigError("scenario.rounds may be null only with scenario.replacement=false.")
     if overlap is not None and not 0.0 <= overlap <= 1.0:
@@ -251,7 +278,7 @@ def multi_client(
             f"scenario.classes_per_mission is {classes_per_mission}, but there are only "
             f"{len(names)} field classes."
         )
-    support, test = _split(benchmark, names, test_images, rng)
+    support, test = split_support(benchmark, names, test_images, rng)
     pool = _Pool(support, shots, replacement, rng)
     owner = torch.arange(len(names))[torch.randperm(len(names), generator=rng)] % nodes
     unmet = [[c for c in range(len(names)) if owner[c] == node] for node in range(nodes)]
@@ -310,10 +337,10 @@ def class_incremental(
         ConfigError: A setting is out of range.
         NotEnoughData: The data set has too few classes or images for the settings.
     """
-    _positive(classes=classes, shots=shots, classes_per_step=classes_per_step)
+    positive(classes=classes, shots=shots, classes_per_step=classes_per_step)
     rng = generator(seed, "missions")
     names = _field(benchmark, classes, rng)
-    support, test = _split(benchmark, names, test_images, rng)
+    support, test = split_support(benchmark, names, test_images, rng)
     pool = _Pool(support, shots, False, rng)
     order = torch.randperm(len(names), generator=rng).tolist()
     steps = [order[i : i + classes_per_step] for i in range(0, len(order), classes_per_step)]
