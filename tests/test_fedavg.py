@@ -6,8 +6,9 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -286,3 +287,21 @@ def test_nobody_there_is_an_error_and_nothing_is_sent_for_evaluation():
         server.configure_train(1, ArrayRecord(), ConfigRecord(), Nodes(0))
     assert server.configure_evaluate(1, ArrayRecord(), ConfigRecord(), Nodes(1)) == []
     assert server.aggregate_evaluate(1, []) is None
+
+
+def test_with_one_head_it_is_the_average_that_flower_makes():
+    rng = np.random.default_rng(9)
+    parts = [(f"n{i}", network("abc", rng), 5 + 7 * i) for i in range(3)]
+    ours, _ = strategy().aggregate_train(1, [reply(n, "abc", k, m) for n, m, k in parts])
+    theirs, _ = FlowerFedAvg().aggregate_train(
+        1,
+        [
+            message(RecordDict({"model": record(m), "m": MetricRecord({"num-examples": k})}))
+            for _, m, k in parts
+        ],
+    )
+    expected = plain(theirs)
+    assert expected.keys() == plain(ours).keys()
+    for key, value in plain(ours).items():
+        if value.dtype == np.float32:  # Flower averages counters as well
+            np.testing.assert_allclose(value, expected[key], rtol=1e-5, atol=1e-6)
