@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -18,8 +18,10 @@ from clfed import __version__
 from clfed.errors import ConfigError, FederationError, InvalidMessage
 from clfed.federated import records
 from clfed.federated.grid import exchange, wait_for_nodes
+from clfed.learners.curricula import NodeCurriculum, Turns
 from clfed.prototypes.contribution import check_contributor
 from clfed.seeding import generator
+from clfed.strategies.settings import check_weights, check_whole
 
 if TYPE_CHECKING:
     from clfed.backbones import Encoder
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Found = TypeVar("Found")
+Part = TypeVar("Part")
 Records = Mapping[str, ArrayRecord | ConfigRecord]
 
 
@@ -41,12 +44,16 @@ class TrainOnly(Strategy):
         session: Text that tells nodes one federation from the next; a new one starts afresh.
         nodes: Number of nodes to wait for before a round starts.
         wait: Longest wait for them, seconds; then the round goes on with those that are there.
+
+    Raises:
+        ConfigError: A setting is out of range.
     """
 
     leaves: ClassVar[str]
     rounds_per_mission = 1
 
     def __init__(self, *, session: str = "", nodes: int = 1, wait: float = 600.0) -> None:
+        check_weights(wait=wait)
         self.session, self.nodes, self.wait = session, nodes, wait
 
     def summary(self) -> None:
@@ -112,6 +119,8 @@ class TrainingStrategy(TrainOnly, Generic[Found]):
         rounds_per_mission: Exchanges on the same images.
         participation: Share of the nodes that takes part in a round, at least one node; the sample
             depends on the seed, the round and the nodes' names.
+        curriculum: Settings of a :class:`~clfed.learners.curricula.NodeCurriculum`, with which
+            easy nodes, or hard ones, take part first; None: all have the same chance.
         seed: Decides everything random, at the server and at nodes.
         options: Of :class:`TrainOnly`.
 
@@ -129,21 +138,21 @@ class TrainingStrategy(TrainOnly, Generic[Found]):
         briefing: Records | None = None,
         rounds_per_mission: int = 1,
         participation: float = 1.0,
+        curriculum: Mapping[str, Any] | None = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if type(rounds_per_mission) is not int or rounds_per_mission < 1:
-            raise ConfigError(
-                "strategy.rounds_per_mission must be a whole number of at least 1, "
-                f"got {rounds_per_mission!r}."
-            )
-        if not (isinstance(participation, int | float) and 0 < participation <= 1):
+        check_whole(1, rounds_per_mission=rounds_per_mission)
+        if type(participation) not in (int, float) or not 0 < participation <= 1:
             raise ConfigError(
                 f"strategy.participation must be above 0 and at most 1, got {participation!r}."
             )
         self.encoder, self.seed = encoder, seed
         self.rounds_per_mission, self.participation = rounds_per_mission, participation
+        self._turns: Turns | None = None
+        if curriculum is not None:
+            self._turns = Turns(NodeCurriculum(**curriculum), rounds_per_mission, seed)
         self._first: dict[str, ArrayRecord | ConfigRecord] = {
             "local": records.config_record(json=json.dumps(dict(local)))
         }
@@ -251,8 +260,15 @@ class TrainingStrategy(TrainOnly, Generic[Found]):
         config: ConfigRecord,
         grid: Grid,
     ) -> list[int]:
-        """Return the nodes that take part in a round; a node id says nothing, so names decide."""
+        """Return the nodes that take part in a round; a node id says nothing, so names decide.
+
+        Raises:
+            FederationError: A curriculum needs to know how hard nodes are, and none said it.
+        """
         count = max(1, math.floor(self.participation * len(ids)))
+        if self._turns is not None:
+            mission, asked = self.mission(server_round), (server_round, ids, arrays, config, grid)
+            return self._turns.next(mission, server_round, ids, count, lambda: self._hard(*asked))
         if count == len(ids):
             return list(ids)
         named = self.introduced(server_round, ids, config, grid)
@@ -275,9 +291,31 @@ class TrainingStrategy(TrainOnly, Generic[Found]):
             )
             for node in unknown
         ]
-        for reply in exchange(grid, asked, timeout=self.wait) if asked else ():
-            self._taken(reply)
+        if asked:
+            self._gathered(server_round, exchange(grid, asked, timeout=self.wait), _sender)
         return {node: self._names[node] for node in ids if node in self._names}
+
+    def _hard(
+        self,
+        server_round: int,
+        ids: Sequence[int],
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        grid: Grid,
+    ) -> dict[str, tuple[int, float]]:
+        """Return id and mean loss of nodes by name; where it does not matter nobody is asked."""
+        assert self._turns is not None
+        if self._turns.curriculum.scored:
+            kind = f"{MessageType.QUERY}.score"
+            messages = self.requests(server_round, arrays, config, ids, kind)
+            replies = exchange(grid, messages, timeout=self.wait)
+            found = self._gathered(server_round, replies, _score)
+        else:
+            named = self.introduced(server_round, ids, config, grid)
+            found = {name: (node, 0.0) for node, name in named.items()}
+        if not found:
+            raise FederationError("No node could say how hard its images are.")
+        return found
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -286,12 +324,24 @@ class TrainingStrategy(TrainOnly, Generic[Found]):
 
         A reply that is an error or breaks a rule is logged and left out.
         """
-        found: dict[str, Found] = {}
+        found = self._gathered(
+            server_round, replies, lambda name, reply: self.read(name, reply.content)
+        )
+        return self.merge(server_round, found) if found else (None, None)
+
+    def _gathered(
+        self,
+        server_round: int,
+        replies: Iterable[Message],
+        read: Callable[[str, Message], Part | None],
+    ) -> dict[str, Part]:
+        """Return what is in replies by who sent it; one that breaks a rule is left out."""
+        found: dict[str, Part] = {}
         for reply in replies:
             node = reply.metadata.src_node_id
             try:
                 name = self._taken(reply)
-                part = None if name is None else self.read(name, reply.content)
+                part = None if name is None else read(name, reply)
                 if name in found:
                     raise InvalidMessage(f"{name!r} is the name of another connected node")
             except InvalidMessage as error:
@@ -300,8 +350,7 @@ class TrainingStrategy(TrainOnly, Generic[Found]):
             if name is not None and part is not None:
                 found[name] = part
         # Floating point sums depend on their order, and node ids are random in some engines.
-        found = dict(sorted(found.items()))
-        return self.merge(server_round, found) if found else (None, None)
+        return dict(sorted(found.items()))
 
     def _taken(self, reply: Message) -> str | None:
         """Return who sent a reply, None where the node must be briefed again.
@@ -321,3 +370,15 @@ class TrainingStrategy(TrainOnly, Generic[Found]):
         self._briefed.add(node)
         self._names[node] = name
         return name
+
+
+def _sender(name: str, reply: Message) -> int:
+    return reply.metadata.src_node_id
+
+
+def _score(name: str, reply: Message) -> tuple[int, float] | None:
+    """Return id and mean loss of a node, None where it has no images and so no mean."""
+    score = records.config(reply.content, "status").get("score")
+    if not isinstance(score, float) or score < 0 or math.isinf(score):
+        raise InvalidMessage(f"expected a mean loss of at least 0, got {score!r}")
+    return None if math.isnan(score) else (_sender(name, reply), score)

@@ -16,6 +16,7 @@ from clfed.prototypes import PrototypeMemory
 from clfed.prototypes.classifiers import ridge
 from clfed.prototypes.heads import Classifier
 from clfed.strategies.prototype_averaging import PrototypeAveraging
+from clfed.strategies.settings import check_rates
 
 
 class Fed3R(PrototypeAveraging):
@@ -48,8 +49,14 @@ class Fed3R(PrototypeAveraging):
                 f"Fed3R needs memory.moments of shared or class, got {empty.moments}.",
                 remedy="Leave memory.moments out of the command: the strategy sets it.",
             )
-        if not penalty > 0:
-            raise ConfigError(f"strategy.penalty must be a number above 0, got {penalty!r}.")
+        check_rates(penalty=penalty)
+        if not isinstance(normalise, bool):
+            raise ConfigError(f"strategy.normalise must be true or false, got {normalise!r}.")
+        if options.get("merge", "pooled") != "pooled":
+            raise ConfigError(
+                f"Fed3R needs products that add up, which merge={options['merge']} has not.",
+                remedy="Leave merge= out.",
+            )
         super().__init__(empty, **options)
         self.penalty, self.normalise = penalty, normalise
 

@@ -11,6 +11,7 @@ asks for the same arrays of every node.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,15 +26,18 @@ from torch.nn import functional as F  # noqa: N812
 from clfed.backbones import Encoder
 from clfed.errors import ConfigError, InvalidMessage
 from clfed.federated import records
+from clfed.federated.checked import class_names, table
 from clfed.federated.local_training import LocalTraining, Visit
 from clfed.federated.networks import load_network, network_record
+from clfed.learners.curricula import ExampleCurriculum, difficulties
 from clfed.learners.fine_tuning import FineTuning, Loss, Order, passes
 from clfed.prototypes.contribution import DEFAULT_CAP
-from clfed.prototypes.tables import checked_names
 from clfed.strategies.base import TrainingStrategy
+from clfed.strategies.settings import check_rates, check_weights, check_whole
 
 Floats = NDArray[Any]
 HEAD = ("head.weight", "head.bias")
+TRAINED, CLASSES = "trained", "trained-classes"
 
 
 @dataclass(frozen=True)
@@ -122,25 +126,24 @@ class FedAvg(TrainingStrategy[Trained]):
         """
         status = records.config(content, "status")
         examples = records.integer(status, "examples")
-        classes = _names(records.text(status, "classes"))
-        model = _network(records.arrays(content, "model"))
+        classes = class_names(records.text(status, "classes"))
+        model = records.arrays(content, "model")
         if examples == 0:
             return None
         if not 0 < examples <= DEFAULT_CAP:
             raise InvalidMessage(f"expected 0 to {DEFAULT_CAP} examples, got {examples}")
-        for key in model.keys() | self._sent.keys():
-            got, sent = model.get(key), self._sent.get(key)
-            if got is None or sent is None:
-                raise InvalidMessage(f"expected the arrays that were sent, {key!r} is not in both")
+        if model.keys() != self._sent.keys():
+            differing = sorted(model.keys() ^ self._sent.keys())
+            raise InvalidMessage(
+                f"expected the arrays that were sent, {differing[0]!r} is not in both"
+            )
+        trained: dict[str, Floats] = {}
+        for key, sent in self._sent.items():
             shape = (len(classes), *sent.shape[1:]) if key in HEAD else sent.shape
-            if (got.shape, got.dtype) != (shape, sent.dtype):
-                raise InvalidMessage(
-                    f"expected {key!r} of shape {shape} and {sent.dtype}, "
-                    f"got {got.shape} and {got.dtype}"
-                )
-            if not np.isfinite(got).all():
+            trained[key] = table(model, key, sent.dtype, shape)
+            if not np.isfinite(trained[key]).all():
                 raise InvalidMessage(f"expected finite numbers in {key!r}")
-        return Trained(examples, classes, model)
+        return Trained(examples, classes, trained)
 
 
 class FedAvgTraining(LocalTraining):
@@ -148,12 +151,14 @@ class FedAvgTraining(LocalTraining):
 
     Args:
         epochs: Passes over the images.
-        batch_size: Images a step.
+        batch_size: Images a step, at least 2.
         lr: Learning rate.
         momentum: Momentum of the gradient descent.
         weight_decay: L2 penalty.
         logits: ``all``: the softmax is over all classes of the head; ``met``: over those of the
             mission, so that rows of classes that the node does not meet stay as they are.
+        curriculum: Settings of an :class:`~clfed.learners.curricula.ExampleCurriculum`; None:
+            shuffled passes over all images.
 
     Raises:
         ConfigError: A setting is out of range.
@@ -168,11 +173,17 @@ class FedAvgTraining(LocalTraining):
         momentum: float = 0.9,
         weight_decay: float = 1e-3,
         logits: str = "all",
+        curriculum: Mapping[str, Any] | None = None,
     ) -> None:
         if logits not in ("all", "met"):
             raise ConfigError(f"strategy.local.logits must be all or met, got {logits!r}.")
+        check_whole(0, **{"local.epochs": epochs})
+        check_whole(2, **{"local.batch_size": batch_size})  # one image is no batch, see fit
+        check_rates(**{"local.lr": lr})
+        check_weights(**{"local.momentum": momentum, "local.weight_decay": weight_decay})
         self.epochs, self.batch_size, self.logits = epochs, batch_size, logits
         self.optimiser = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        self.curriculum = None if curriculum is None else ExampleCurriculum(**curriculum)
 
     def train(self, visit: Visit, request: RecordDict) -> RecordDict:
         """Train and return ``model``, and in ``status`` classes and number of examples."""
@@ -180,6 +191,9 @@ class FedAvgTraining(LocalTraining):
         if visit.labels:
             network.grow(sorted(set(visit.labels)))
             self.fit(network, visit, request)
+            if self.curriculum is not None and self.curriculum.scoring != "global":
+                visit.state[TRAINED] = network_record(network)
+                visit.state[CLASSES] = records.config_record(json=json.dumps(network.classes))
         status = records.config_record(
             classes=json.dumps(network.classes), examples=len(visit.labels)
         )
@@ -205,9 +219,9 @@ class FedAvgTraining(LocalTraining):
 
     def loss(self, network: FineTuning, visit: Visit, request: RecordDict) -> Loss:
         """Return the loss of a batch, see :data:`~clfed.learners.fine_tuning.Loss`."""
-        if self.logits == "all":
+        met = self._met(network, visit)
+        if met is None:
             return _cross_entropy
-        met = torch.unique(network.label(visit.labels))
 
         def restricted(network: FineTuning, images: Tensor, labels: Tensor) -> Tensor:
             return F.cross_entropy(network(images)[:, met], torch.searchsorted(met, labels))
@@ -216,28 +230,60 @@ class FedAvgTraining(LocalTraining):
 
     def order(self, network: FineTuning, visit: Visit, request: RecordDict) -> Order:
         """Return how the images are divided into batches."""
-        return passes
+        if self.curriculum is None:
+            return passes
+        scored = self.curriculum.scored
+        return self.curriculum.order(self.difficulties(network, visit) if scored else None)
+
+    def score(self, visit: Visit, request: RecordDict) -> float:
+        """Return the mean difficulty of the node's images, nan where it has none."""
+        if not visit.labels:
+            return math.nan
+        network = self.network(visit, request)
+        network.grow(sorted(set(visit.labels)))
+        return float(self.difficulties(network, visit).double().mean())
+
+    def difficulties(self, network: FineTuning, visit: Visit) -> Tensor:
+        """Return how hard each image is, as the curriculum scores it, ``(N,)`` float32.
+
+        Args:
+            network: As it was sent, with all classes of the mission.
+            visit: Images, and the model that the node trained last, if it kept one.
+        """
+        how = self.curriculum or ExampleCurriculum()
+        judges = []
+        if how.scoring != "local":
+            judges.append(network)
+        if how.scoring != "global":
+            judges.append(self._last(network, visit))
+        found = [
+            difficulties(
+                judge,
+                visit.images,
+                judge.label(visit.labels),
+                rows=self._met(judge, visit),
+                predictions=how.predictions,
+            )
+            for judge in judges
+        ]
+        return torch.stack(found).sum(0)
+
+    def _last(self, network: FineTuning, visit: Visit) -> FineTuning:
+        """Return the network that the node trained last, the one that was sent before it did."""
+        if TRAINED not in visit.state:
+            return network
+        classes = json.loads(records.text(records.config(visit.state, CLASSES), "json"))
+        last = load_network(visit.encoder, records.arrays(visit.state, TRAINED), classes)
+        last.grow(sorted(set(visit.labels)))
+        return last
+
+    def _met(self, network: FineTuning, visit: Visit) -> Tensor | None:
+        """Return the head's rows that compete, sorted; None where all do."""
+        return None if self.logits == "all" else torch.unique(network.label(visit.labels))
 
 
 def _cross_entropy(network: FineTuning, images: Tensor, labels: Tensor) -> Tensor:
     return network.training_step((images, labels), 0)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    try:
-        classes = checked_names(json.loads(text), "class name")
-    except ValueError as error:
-        raise InvalidMessage(f"expected class names as JSON: {error}") from error
-    if len(set(classes)) < len(classes):
-        raise InvalidMessage("expected every class once")
-    return classes
-
-
-def _network(record: ArrayRecord) -> dict[str, Floats]:
-    try:
-        return {key: array.numpy() for key, array in record.items()}
-    except (ValueError, TypeError, EOFError) as error:
-        raise InvalidMessage(f"an array of the network is unreadable: {error}") from error
 
 
 def _average_rows(mean: Floats, values: list[Floats], rows: list[Floats], examples: Floats) -> None:

@@ -20,6 +20,7 @@ from clfed.prototypes.classifiers import message_mean_covariance
 from clfed.prototypes.groups import groups_of
 from clfed.prototypes.heads import Classifier
 from clfed.strategies.prototype_averaging import PrototypeAveraging
+from clfed.strategies.settings import check_rates
 
 
 class FedCOF(PrototypeAveraging):
@@ -35,8 +36,12 @@ class FedCOF(PrototypeAveraging):
     """
 
     def __init__(self, empty: PrototypeMemory, *, shrinkage: float = 1.0, **options: Any) -> None:
-        if not shrinkage > 0:
-            raise ConfigError(f"strategy.shrinkage must be a number above 0, got {shrinkage!r}.")
+        check_rates(shrinkage=shrinkage)
+        if options.get("merge", "pooled") != "pooled":
+            raise ConfigError(
+                f"FedCOF needs groups that add up, which merge={options['merge']} does not.",
+                remedy="Leave merge= out.",
+            )
         super().__init__(empty, **options)
         self.shrinkage = shrinkage
         self._parts = [self.ledger.total]
@@ -55,6 +60,9 @@ class FedCOF(PrototypeAveraging):
         Raises:
             NotEnoughData: Nothing has been merged yet.
         """
+        first, *later = self._parts
         grown = all(bool((part.counts > 0).all()) for part in self._parts)
-        groups = groups_of(self.memory, self._parts) if grown else self.ledger.groups()
+        # The ledger may also have forgotten something without any message.
+        known = grown and sum(later, first) == self.memory
+        groups = groups_of(self.memory, self._parts) if known else self.ledger.groups()
         return message_mean_covariance(self.memory, groups, shrinkage=self.shrinkage)

@@ -20,9 +20,7 @@ class is met again it stays as it was.
 
 from __future__ import annotations
 
-import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -37,13 +35,14 @@ from torch.nn import functional as F  # noqa: N812
 from clfed.backbones import Encoder
 from clfed.errors import ConfigError, InvalidMessage
 from clfed.federated import records
+from clfed.federated.checked import class_names, table
 from clfed.federated.local_training import Visit
 from clfed.learners.fine_tuning import FineTuning, Loss
 from clfed.learners.training import initial_backbone
 from clfed.prototypes.contribution import DEFAULT_CAP
-from clfed.prototypes.tables import checked_names
 from clfed.strategies.base import TrainingStrategy
-from clfed.strategies.personal import PersonalTraining
+from clfed.strategies.personal import PersonalTraining, check_backbones
+from clfed.strategies.settings import check_weights
 
 AGGREGATIONS = ("exact", "paper", "code")
 _BATCH = 256
@@ -103,7 +102,7 @@ class FedProto(TrainingStrategy[Prototypes]):
             )
         super().__init__(encoder, local=local, **options)
         self.aggregation = aggregation
-        self.width = _width(encoder, local.get("backbones") or ())
+        self.width = _width(encoder, check_backbones(local.get("backbones")))
         self.classes: tuple[str, ...] = ()
         self._prototypes: dict[str, NDArray[np.float32]] = {}
         self._mission = 0
@@ -112,8 +111,8 @@ class FedProto(TrainingStrategy[Prototypes]):
     def arrays(self) -> ArrayRecord:
         """Return the global prototypes, ``(C, D)`` float32 in the order of their classes."""
         rows = [self._prototypes[name] for name in self.classes]
-        table = np.array(rows, np.float32).reshape(-1, self.width)
-        return ArrayRecord({"means": Array(table)})
+        means = np.array(rows, np.float32).reshape(-1, self.width)
+        return ArrayRecord({"means": Array(means)})
 
     def content(self, server_round: int, arrays: ArrayRecord) -> RecordDict:
         """Return the global prototypes."""
@@ -129,10 +128,10 @@ class FedProto(TrainingStrategy[Prototypes]):
         Raises:
             InvalidMessage: The reply is not made of finite means of named classes.
         """
-        classes = _names(records.text(records.config(content, "status"), "classes"))
+        classes = class_names(records.text(records.config(content, "status"), "classes"))
         sent = records.arrays(content, "prototypes")
-        counts = _table(sent, "counts", np.dtype(np.int64), (len(classes),))
-        means = _table(sent, "means", np.dtype(np.float32), (len(classes), self.width))
+        counts = table(sent, "counts", np.dtype(np.int64), (len(classes),))
+        means = table(sent, "means", np.dtype(np.float32), (len(classes), self.width))
         if not classes:
             return None
         if not 0 < counts.min() <= counts.max() <= DEFAULT_CAP:
@@ -173,7 +172,8 @@ class FedProto(TrainingStrategy[Prototypes]):
         mean = weights @ np.stack([mean for _, mean in reports]) / weights.sum()
         if self.aggregation == "paper":
             mean = mean / len(reports)
-        return mean.astype(np.float32)
+        averaged: NDArray[np.float32] = mean.astype(np.float32)
+        return averaged
 
 
 class FedProtoTraining(PersonalTraining):
@@ -190,11 +190,7 @@ class FedProtoTraining(PersonalTraining):
 
     def __init__(self, *, weight: float = 1.0, **options: Any) -> None:
         super().__init__(**options)
-        numeric = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not (numeric and 0 <= weight < math.inf):
-            raise ConfigError(
-                f"strategy.local.weight must be a number of at least 0, got {weight!r}."
-            )
+        check_weights(**{"local.weight": weight})
         self.weight = weight
 
     def loss(self, network: FineTuning, visit: Visit, request: RecordDict) -> Loss:
@@ -265,16 +261,11 @@ def _width(encoder: Encoder, backbones: Sequence[Mapping[str, Any]]) -> int:
     """
     if not backbones:
         return FineTuning(encoder).head.in_features
-    transform, shape = encoder.transform, encoder.input_shape
+    norm, shape = encoder.transform, encoder.input_shape
     sizes = [
-        Encoder(
-            initial_backbone(config, shape, 0),
-            config,
-            input_shape=shape,
-            mean=transform.mean,
-            std=transform.std,
-        ).dim
+        Encoder(network, config, input_shape=shape, mean=norm.mean, std=norm.std).dim
         for config in backbones
+        for network in [initial_backbone(config, shape, 0)]
     ]
     if len(set(sizes)) > 1:
         raise ConfigError(
@@ -283,36 +274,3 @@ def _width(encoder: Encoder, backbones: Sequence[Mapping[str, Any]]) -> int:
             remedy="Choose widths that end alike, or strategy=fedre, which maps to a common size.",
         )
     return sizes[0]
-
-
-def _names(text: str) -> tuple[str, ...]:
-    try:
-        classes = checked_names(json.loads(text), "class name")
-    except (ValueError, RecursionError) as error:
-        raise InvalidMessage(f"expected class names as JSON: {error}") from error
-    if len(set(classes)) < len(classes):
-        raise InvalidMessage("expected every class once")
-    return classes
-
-
-def _table(
-    record: ArrayRecord, key: str, dtype: np.dtype[Any], shape: tuple[int, ...]
-) -> NDArray[Any]:
-    """Return an array that must be of this type and shape; nothing in it is interpreted.
-
-    Raises:
-        InvalidMessage: It is missing, or anything else.
-    """
-    array = records.array(record, key)
-    header = io.BytesIO()
-    described = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, described)
-    start = header.getvalue()
-    size = len(start) + math.prod(shape) * dtype.itemsize
-    if (
-        array.stype != "numpy.ndarray"
-        or len(array.data) != size
-        or array.data[: len(start)] != start
-    ):
-        raise InvalidMessage(f"expected {key!r} as {dtype} of shape {shape}")
-    return np.frombuffer(array.data, dtype, offset=len(start)).reshape(shape)

@@ -8,17 +8,16 @@ zero at every node, so they are drawn to zero.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from flwr.app import RecordDict
 from torch import Tensor
 
-from clfed.errors import ConfigError
 from clfed.federated.local_training import Visit
 from clfed.learners.fine_tuning import FineTuning, Loss
 from clfed.strategies.fedavg import FedAvg, FedAvgTraining
+from clfed.strategies.settings import check_weights
 
 
 class FedProx(FedAvg):
@@ -38,8 +37,7 @@ class FedProxTraining(FedAvgTraining):
 
     def __init__(self, *, mu: float = 0.01, **options: Any) -> None:
         super().__init__(**options)
-        if not (isinstance(mu, int | float) and 0 <= mu < math.inf):
-            raise ConfigError(f"strategy.local.mu must be a number of at least 0, got {mu!r}.")
+        check_weights(**{"local.mu": mu})
         self.mu = mu
 
     def loss(self, network: FineTuning, visit: Visit, request: RecordDict) -> Loss:

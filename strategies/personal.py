@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 from clfed.backbones import Encoder
+from clfed.errors import ConfigError
 from clfed.federated import records
 from clfed.federated.local_training import Visit
 from clfed.federated.networks import load_network, network_record
@@ -20,6 +22,21 @@ from clfed.seeding import derive_seed
 from clfed.strategies.fedavg import FedAvgTraining
 
 MODEL, CLASSES = "model", "model-classes"
+
+
+def check_backbones(backbones: Any) -> Sequence[Mapping[str, Any]]:
+    """Return architectures of nodes, none where all have that of everybody.
+
+    Raises:
+        ConfigError: They are no list of configurations.
+    """
+    found = () if backbones is None else backbones
+    if not isinstance(found, list | tuple) or not all(isinstance(b, Mapping) for b in found):
+        raise ConfigError(
+            "strategy.local.backbones must be null or a list of settings with a _target_, "
+            f"got {backbones!r}."
+        )
+    return found
 
 
 class PersonalTraining(FedAvgTraining):
@@ -36,7 +53,7 @@ class PersonalTraining(FedAvgTraining):
         self, *, backbones: Sequence[Mapping[str, Any]] | None = None, **options: Any
     ) -> None:
         super().__init__(**options)
-        self.backbones = backbones
+        self.backbones = check_backbones(backbones)
 
     def network(self, visit: Visit, request: RecordDict) -> FineTuning:
         """Return the node's network as it was kept last, or a new one."""
@@ -52,14 +69,13 @@ class PersonalTraining(FedAvgTraining):
         common = visit.encoder
         if not self.backbones:
             return common
-        config = self.backbones[visit.number % len(self.backbones)]
-        seed = derive_seed(visit.seed, "personal", visit.node)
-        return Encoder(
-            initial_backbone(config, common.input_shape, seed),
-            config,
-            input_shape=common.input_shape,
-            mean=common.transform.mean,
-            std=common.transform.std,
+        config = json.dumps(dict(self.backbones[visit.number % len(self.backbones)]))
+        norm = (common.transform.mean, common.transform.std)
+        if MODEL in visit.state:
+            # Weights that were kept replace the initial ones, so that any will do.
+            return _architecture(config, common.input_shape, *norm)
+        return _draw(
+            config, common.input_shape, *norm, derive_seed(visit.seed, "personal", visit.node)
         )
 
     def train(self, visit: Visit, request: RecordDict) -> RecordDict:
@@ -84,3 +100,24 @@ class PersonalTraining(FedAvgTraining):
         if not network.classes:
             return ("",), torch.zeros(len(images), dtype=torch.int64)
         return network.classes, network.predict(images)
+
+
+def _draw(
+    config: str,
+    shape: tuple[int, ...],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    seed: int,
+) -> Encoder:
+    """Return an architecture (JSON) with initial weights of a seed."""
+    backbone = json.loads(config)
+    network = initial_backbone(backbone, shape, seed)
+    return Encoder(network, backbone, input_shape=shape, mean=mean, std=std)
+
+
+@lru_cache(maxsize=16)
+def _architecture(
+    config: str, shape: tuple[int, ...], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Encoder:
+    """Return an architecture with some weights; building a large one takes half a second."""
+    return _draw(config, shape, mean, std, 0)

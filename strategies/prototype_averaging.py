@@ -21,6 +21,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 
 from clfed.errors import ClfedError, ConfigError, InvalidMessage
+from clfed.federated.channels import Channel
 from clfed.federated.intake import Intake, Limits, take_in
 from clfed.federated.node import digest, sendable
 from clfed.federated.wire import encode_memory
@@ -29,6 +30,7 @@ from clfed.prototypes.classifiers import nearest_mean
 from clfed.prototypes.contribution import DEFAULT_CAP
 from clfed.prototypes.heads import Classifier
 from clfed.strategies.base import TrainOnly
+from clfed.strategies.settings import check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ class PrototypeAveraging(TrainOnly):
         limits: What one message may hold at most.
         message_bits: Bits of an entry of a sum on the way to the server: 4, 8 or 16, rounded;
             None for exact sums.
+        channel: How statistics get here; None: as rows in the open.
         options: Of :class:`~clfed.strategies.base.TrainOnly`.
     """
 
@@ -83,11 +86,14 @@ class PrototypeAveraging(TrainOnly):
         cap: int = DEFAULT_CAP,
         limits: Limits | None = None,
         message_bits: int | None = None,
+        channel: Channel | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        self.channel = channel or Channel()
         if merge not in MERGES:
             raise ConfigError(f"merge must be one of {', '.join(MERGES)}, got {merge!r}.")
+        check_whole(1, cap=cap)
         self.ledger = ContributorLedger(empty.dim, empty.embedding_id, empty.moments, cap=cap)
         self.limits = limits or Limits()
         self._bits = message_bits or 0
@@ -106,7 +112,9 @@ class PrototypeAveraging(TrainOnly):
 
     @property
     def memory(self) -> PrototypeMemory:
-        """The merged table; with ``merge="pooled"`` always the sum of the ledger's rows."""
+        """The merged table; with ``merge="pooled"`` and rows always the sum of the ledger's."""
+        if (told := self.channel.memory) is not None:
+            return told
         return self.ledger.total if self._merge == "pooled" else self._merged
 
     def classifier(self) -> Classifier:
@@ -132,6 +140,7 @@ class PrototypeAveraging(TrainOnly):
         ids = self.connected(grid)
         self._asked = set(ids)
         head = self.head(server_round, config)
+        self.channel.begin(grid, head)
         return [self.request(node, arrays, head) for node in ids]
 
     def request(self, node: int, arrays: ArrayRecord | None, head: ConfigRecord) -> Message:
@@ -146,6 +155,7 @@ class PrototypeAveraging(TrainOnly):
         entries = ConfigRecord(
             {
                 **head,
+                **self.channel.entries(contributor),
                 "acknowledged": self.ledger.version_of(contributor),
                 "held": digest(self.ledger.share(contributor)),
                 "bits": self._bits,
@@ -172,6 +182,8 @@ class PrototypeAveraging(TrainOnly):
             node = reply.metadata.src_node_id
             try:
                 found = self.take(reply)
+                if found.briefed:
+                    self.channel.take(node, found.contributor, reply.content)
             except ClfedError as error:
                 refused[self._contributor.get(node, f"node id {node}")] = str(error)
                 continue
@@ -186,6 +198,7 @@ class PrototypeAveraging(TrainOnly):
         deltas = dict(sorted(deltas.items()))
         if self._merge != "pooled":
             self._merged = MERGES[self._merge](self._merged, list(deltas.values()))
+        self.channel.finish(server_round, deltas)
         self.last = RoundSummary(deltas, refused, stale, tuple(unbriefed))
         metrics = {
             "classes": len(self.memory),

@@ -35,6 +35,11 @@ def test_smoke_form_runs_on_the_pack(name, packs, tmp_path):
         assert found["measures"].keys() >= found["original"].keys() >= {"ua", "ra", "ta", "avg_gap"}
         assert found["cost"]["oracle_seconds"] > 0
         assert len(found["trace"]) > 1
+    elif results["job"] == "federated":
+        missions = len(results["accuracy_by_mission"])
+        assert missions == results["protocol"]["missions"]
+        assert results["steps"][-1]["classes"] == results["protocol"]["classes"]
+        assert results["final"]["bytes"]["up"] > 0
     else:
         phases = len(results["accuracy_matrix"])
         assert phases == len(results["steps"]) == results["protocol"]["phases"] > 1

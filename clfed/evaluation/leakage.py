@@ -6,8 +6,9 @@ the sum of the examples that came or went, so that one new example lies open, to
 .. math:: \hat z = \frac{s_{after} - s_{before}}{n_{after} - n_{before}}
 
 This holds for forgetting too: exact deletion tells whoever kept the older row what was deleted.
-:func:`difference` takes this guess and :func:`differencing` judges it; :func:`held_back` is the
-weakest defence, to wait until enough examples have come. Of pixels speaks
+:func:`difference` takes this guess and :func:`differencing` judges it;
+:func:`~clfed.privacy.minimum_count.held_back` is the weakest defence, to wait until enough examples
+have come. Of pixels speaks
 :mod:`clfed.evaluation.leakage_images`, of gradients :mod:`clfed.evaluation.leakage_gradients`.
 
 An attack that fails is no proof: a stronger one may exist. Only noise with a stated
@@ -23,8 +24,18 @@ import torch
 from torch import Tensor
 
 from clfed.errors import EmbeddingMismatch, InvalidMessage, NotEnoughData
+from clfed.privacy.minimum_count import held_back
 from clfed.prototypes import PrototypeMemory, read_off
 from clfed.prototypes.fixed_point import RESOLUTION, quantise
+
+__all__ = [
+    "Differencing",
+    "LabelRecovery",
+    "difference",
+    "differencing",
+    "held_back",
+    "label_recovery",
+]
 
 
 @dataclass(frozen=True)
@@ -117,43 +128,6 @@ def differencing(guesses: Tensor, embeddings: Tensor, others: Tensor) -> Differe
         identified=float((own < (guesses[:, None] - rest).norm(dim=2).amin(1)).double().mean()),
         chance=1 / (rivals + 1),
     )
-
-
-def held_back(sent: PrototypeMemory, now: PrototypeMemory, least: int) -> PrototypeMemory:
-    """What a receiver knows if a row waits until its count has changed by a minimum.
-
-    A difference of two releases then mixes at least ``least`` examples. It does not bound what
-    these reveal: whoever knows all but one of them subtracts them. Examples that are to be
-    forgotten stay with the receiver until enough have gone.
-
-    Args:
-        sent: What the receiver had.
-        now: What the sender holds, without shared second moments.
-        least: Smallest change of a count that is released, at least 1.
-
-    Raises:
-        InvalidMessage: The minimum is below 1.
-        EmbeddingMismatch: The two are of different embeddings.
-        UnsupportedStatistics: Shared second moments cannot be divided among classes.
-
-    Example:
-        >>> zero = PrototypeMemory.empty(1, "demo")
-        >>> two = zero.observe(torch.tensor([[1.0], [2.0]]), ["owl", "owl"])
-        >>> held_back(zero, two, 3) == zero, held_back(zero, two, 2) == two
-        (True, True)
-    """
-    if least < 1:
-        raise InvalidMessage(
-            f"Expected a minimum count of at least 1, got {least}.",
-            remedy="1 sends every change; 5 hides single examples among others.",
-        )
-    change = now - sent
-    ripe = [
-        name
-        for name, count in zip(change.classes, change.counts.tolist(), strict=True)
-        if abs(count) >= least
-    ]
-    return sent + change.select(ripe)
 
 
 @dataclass(frozen=True)

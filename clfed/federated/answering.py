@@ -10,20 +10,21 @@ from types import MappingProxyType
 from flwr.app import Array, ArrayRecord, Context, MetricRecord, RecordDict
 
 from clfed import __version__
-from clfed.config import build
-from clfed.errors import ConfigError, FederationError, VersionMismatch
+from clfed.errors import FederationError, VersionMismatch
+from clfed.federated.discretion import take_part, tell
 from clfed.federated.gauge import Gauge
-from clfed.federated.local_training import LocalTraining, Visit
+from clfed.federated.local_training import LocalTraining, Visit, open_training
 from clfed.federated.node import MissionNode, Node, open_node
 from clfed.federated.records import arrays, config, config_record, integer, text
-from clfed.federated.wire import COST, encode_contribution
+from clfed.federated.wire import COST
+from clfed.privacy.secagg_messages import STEPS
 
 
 def answer(action: str, content: RecordDict, context: Context) -> RecordDict:
     """Return the reply to a request.
 
     Args:
-        action: A name in :data:`ACTIONS`.
+        action: A name in :data:`ACTIONS`, or a step of a masked sum.
         content: The request.
         context: Configuration of the node, and Flower's state of it.
 
@@ -38,13 +39,19 @@ def answer(action: str, content: RecordDict, context: Context) -> RecordDict:
     if node is None:
         return RecordDict({"status": config_record(needs_briefing=True)})
     if not head.get("gauge"):
-        return ACTIONS[action](node, content)
+        return _act(action, node, content, context)
     with Gauge() as gauge:
-        reply = ACTIONS[action](node, content)
+        reply = _act(action, node, content, context)
     reply[COST] = cost = MetricRecord({"seconds": gauge.seconds})
     if gauge.peak is not None:
         cost["peak"] = gauge.peak
     return reply
+
+
+def _act(action: str, node: Node, content: RecordDict, context: Context) -> RecordDict:
+    if action in STEPS:
+        return take_part(node, action, content, context)
+    return ACTIONS[action](node, content)
 
 
 def answer_alone(action: str, content: RecordDict, context: Context) -> RecordDict:
@@ -63,16 +70,13 @@ def answer_alone(action: str, content: RecordDict, context: Context) -> RecordDi
 
 
 def reconnoitre(node: Node, content: RecordDict) -> RecordDict:
-    """Learn what this round brings and send the own rows that the server does not have yet."""
+    """Learn what this round brings and tell what the server does not have yet."""
     head = config(content, "round")
-    contribution = node.answer(head)
+    told = tell(node, head)
     if "memory" in content:
         node.keep(arrays(content, "memory"), integer(head, "round"))
     node.write()
-    reply = RecordDict({"status": node.status()})
-    if contribution is not None:
-        reply["rows"] = encode_contribution(contribution, bits=integer(head, "bits"))
-    return reply
+    return RecordDict({"status": node.status(), **told})
 
 
 def keep(node: Node, content: RecordDict) -> RecordDict:
@@ -131,12 +135,7 @@ def _visit(node: Node, content: RecordDict) -> tuple[LocalTraining, Visit]:
     head = config(content, "round")
     mission = integer(head, "mission")
     images, labels = node.field.images(node.number, mission)
-    method = build(node.settings["local"])
-    if not isinstance(method, LocalTraining):
-        raise ConfigError(
-            f"Expected strategy.local to train at nodes, got {type(method).__name__}."
-        )
-    return method, Visit(
+    return open_training(node.settings["local"]), Visit(
         node=node.name,
         number=node.number,
         mission=mission,

@@ -8,15 +8,35 @@ refuse this: they take part with class statistics alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from flwr.app import RecordDict
 from torch import Tensor
 
 from clfed.backbones import Encoder
+from clfed.config import build
+from clfed.errors import ConfigError
 from clfed.seeding import generator
+
+
+def open_training(settings: Any) -> LocalTraining:
+    """Build the half of a method that runs at a node.
+
+    Args:
+        settings: The strategy's ``local``: ``_target_`` and settings.
+
+    Raises:
+        ConfigError: They do not fit, or it is something else.
+    """
+    method = build(settings) if isinstance(settings, Mapping) else settings
+    if not isinstance(method, LocalTraining):
+        raise ConfigError(
+            f"Expected strategy.local to train at nodes, got {type(method).__name__}."
+        )
+    return method
 
 
 @dataclass(frozen=True, eq=False)

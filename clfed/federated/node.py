@@ -23,6 +23,8 @@ from clfed.errors import FederationError
 from clfed.federated.field import Field, open_field
 from clfed.federated.records import array, arrays, blob, config, config_record, integer, text
 from clfed.federated.wire import decode_memory, encode_memory
+from clfed.privacy.minimum_count import held_back
+from clfed.privacy.sensitivity import clip
 from clfed.prototypes import Contribution, PrototypeMemory, compress, expand
 
 _encoders: dict[str, Encoder] = {}
@@ -35,8 +37,9 @@ def briefing(
 
     Args:
         settings: ``moments``; of a simulation ``field`` (see
-            :func:`clfed.federated.field.field_settings`), ``cache_dir``, and whatever further
-            strategies need; JSON values.
+            :func:`clfed.federated.field.field_settings`), ``cache_dir``, ``privacy`` (see
+            :meth:`clfed.federated.channels.Channel.settings`), and whatever further strategies
+            need; JSON values.
         encoder: The frozen embedding.
     """
     _encoders[encoder.embedding_id] = encoder
@@ -53,7 +56,7 @@ class Node(ABC):
     Attributes:
         name: Its name as a contributor.
         encoder: The frozen embedding.
-        own: Its own cumulative statistics.
+        own: Its own cumulative statistics, as far as it has told them.
         version: Number of messages that it has made so far.
     """
 
@@ -91,11 +94,13 @@ class Node(ABC):
 
         Args:
             head: The record ``round`` of the request, with the version that the server
-                ``acknowledged``, the digest of the rows that it has (``held``), and in how many
-                ``bits`` an entry shall travel (0: all).
+                ``acknowledged``, the digest of the rows that it has (``held``), in how many
+                ``bits`` an entry shall travel (0: all), and, where rows wait, by how many examples
+                one has to change at ``least``.
         """
         bits, held = integer(head, "bits"), blob(head, "held")
-        before, self.own = self.own, self.look(head)
+        before, seen = self.own, self.look(head)
+        self.own = held_back(before, seen, integer(head, "least")) if "least" in head else seen
         was, now = sendable(before, bits), sendable(self.own, bits)
         if digest(now) == held:
             return None
@@ -135,6 +140,7 @@ class MissionNode(Node):
         session: The federation that its state belongs to.
         settings: The briefing's settings.
         round: The last round whose mission was learned, so that a repeated request adds nothing.
+        met: Statistics of everything that it has met; more than ``own`` where something waits.
         kept: Flower's state, in which all this lasts.
     """
 
@@ -146,12 +152,19 @@ class MissionNode(Node):
     round: int
     version: int
     own: PrototypeMemory
+    met: PrototypeMemory
     kept: RecordDict
 
     @property
     def field(self) -> Field:
         """The part of the world that this node's simulation opened."""
         return open_field(self.settings["field"])
+
+    @property
+    def privacy(self) -> dict[str, Any]:
+        """The briefing's settings of what the node tells and how."""
+        found: dict[str, Any] = self.settings.get("privacy", {})
+        return found
 
     def look(self, head: ConfigRecord) -> PrototypeMemory:
         """Add what the node met up to this round and has not learned yet, each mission once."""
@@ -160,9 +173,11 @@ class MissionNode(Node):
         met = [self.field.evidence(self.number, number, self.encoder) for number in missing]
         self.round = max(self.round, round_)
         labels = [label for _, part in met for label in part]
-        if not labels:
-            return self.own
-        return self.own + self.own.observe(torch.cat([z for z, _ in met]), labels)
+        if labels:
+            embeddings, norm = torch.cat([z for z, _ in met]), self.privacy.get("clip_norm")
+            embeddings = embeddings if norm is None else clip(embeddings, norm)
+            self.met = self.met + self.met.observe(embeddings, labels)
+        return self.met
 
     def keep(self, memory: ArrayRecord, round_: int) -> str:
         """Keep the merged memory in Flower's state."""
@@ -180,6 +195,10 @@ class MissionNode(Node):
         }
         self.kept["node"] = config_record(json=json.dumps(head))
         self.kept["own"] = encode_memory(self.own)
+        if self.met != self.own:
+            self.kept["met"] = encode_memory(self.met)
+        elif "met" in self.kept:
+            del self.kept["met"]
 
     @classmethod
     def open(cls, content: RecordDict, context: Context) -> MissionNode | None:
@@ -209,8 +228,10 @@ class MissionNode(Node):
         if "local" in content:
             settings["local"] = json.loads(text(config(content, "local"), "json"))
         if own is None:
-            own = PrototypeMemory.empty(encoder.dim, identity, settings["moments"])
-        return cls(name, number, encoder, session, settings, round_, version, own, state)
+            own = met = PrototypeMemory.empty(encoder.dim, identity, settings["moments"])
+        else:
+            met = decode_memory(arrays(state, "met")) if "met" in state else own
+        return cls(name, number, encoder, session, settings, round_, version, own, met, state)
 
 
 def open_node(content: RecordDict, context: Context) -> Node | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from clfed.errors import InvalidMessage
@@ -57,7 +57,21 @@ def narrow(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def record_bytes(content: RecordDict) -> int:
     """Return the payload bytes of a message's content, over all of its records but :data:`COST`."""
-    return sum(record.count_bytes() for name, record in content.items() if name != COST)
+    return sum(_size(record) for name, record in content.items() if name != COST)
+
+
+def _size(record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
+    if not isinstance(record, ConfigRecord):
+        return record.count_bytes()
+    # As Flower counts, which refuses to count empty texts and lists; any node can send them.
+    entries = ((v if isinstance(v, list) else [v]) for v in record.values())
+    return sum(map(len, record)) + sum(_entry_size(value) for found in entries for value in found)
+
+
+def _entry_size(value: str | bytes | bool | float) -> int:
+    if isinstance(value, str | bytes):
+        return len(value)
+    return 1 if isinstance(value, bool) else 8
 
 
 def encode_memory(memory: PrototypeMemory) -> ArrayRecord:

@@ -32,10 +32,13 @@ from clfed.config import build
 from clfed.errors import ConfigError, FederationError
 from clfed.evaluation.judge import Judge, fraction
 from clfed.federated import records
+from clfed.federated.channels import Channel
 from clfed.federated.field import Field, field_settings, open_field
 from clfed.federated.grid import exchange
+from clfed.federated.local_training import open_training
 from clfed.federated.node import briefing
 from clfed.federated.rounds import RoundReport, run_rounds
+from clfed.jobs.protection import Protection, rehearse, typical_length
 from clfed.jobs.run import Run, open_run, train_encoder
 from clfed.jobs.settings import check_federated, statistics_alone
 from clfed.prototypes import PrototypeMemory
@@ -68,6 +71,7 @@ class Look:
         seconds: Wall-clock time.
         node_seconds: Time that nodes worked.
         peak: Largest memory that one node's work took, bytes.
+        epsilon: What all messages so far have spent; None: nothing bounds it.
     """
 
     round: int = 0
@@ -81,6 +85,7 @@ class Look:
     seconds: float = 0.0
     node_seconds: float = 0.0
     peak: int | None = None
+    epsilon: float | None = None
 
     def add(self, report: RoundReport) -> None:
         """Add what one round took."""
@@ -111,6 +116,7 @@ def run(cfg: DictConfig, engine: Engine | None = None) -> Path:
     # Before the run folder: what the data refuse must not cost the results of an earlier run.
     with progress() as track, track.phase("data and missions"):
         opened = open_field(settings)
+        rehearse(cfg, opened)
     with open_run(cfg) as run:
         encoder, training = train_encoder(cfg, run)
         found: list[Federation] = []
@@ -135,6 +141,7 @@ class Federation:
 
     Attributes:
         strategy: The method.
+        protection: What its messages reveal.
         looks: What it showed, look by look.
         state: The method's state as it was sent last.
     """
@@ -149,22 +156,33 @@ class Federation:
         settings: str,
     ) -> None:
         self.cfg, self.run, self.grid, self.plan = cfg, run, grid, opened.plan
+        session = f"{encoder.embedding_id[:16]}/{cfg.seed}/federated"
+        self.protection = Protection(
+            cfg,
+            opened,
+            PrototypeMemory.empty(encoder.dim, encoder.embedding_id, cfg.memory.moments),
+            session=session,
+            base_norm=partial(typical_length, opened, encoder),
+        )
         node_settings = {
             "field": settings,
             "moments": cfg.memory.moments,
             "cache_dir": str(run.cache_dir),
+            **self.protection.node_settings(),
         }
         self.strategy = make_method(
             run.config,
             encoder,
             briefing=briefing(node_settings, encoder),
-            session=f"{encoder.embedding_id[:16]}/{cfg.seed}/federated",
+            session=session,
             nodes=opened.plan.nodes,
+            channel=self.protection.channel,
+            wrap=self.protection.local,
         )
         test, embeddings = opened.plan.test, None
         if isinstance(self.strategy, PrototypeAveraging):
             with run.track.phase("embedding the test images", 1):
-                embeddings = opened.embed(test, encoder)
+                embeddings = self.protection.seen(opened.embed(test, encoder))
         self.judge = Judge(test, embeddings)
         self.looks: list[Look] = []
         self.state = self.strategy.arrays()
@@ -181,6 +199,7 @@ class Federation:
             nonlocal current
             self.state = arrays
             current.add(report)
+            current.node_seconds += self.protection.channel.seconds
             current.ends_mission = report.round % per == 0
             text = f"mission {self._mission(report.round)}"
             if current.ends_mission or (every is not None and report.round % every == 0):
@@ -209,6 +228,7 @@ class Federation:
         asked = self.plan.asked(mission)
         right = self._answers(look.round, arrays, asked)
         look.classes = len(self.plan.known(mission))
+        look.epsilon = self.protection.epsilon(look.round)
         look.union = fraction(torch.cat(list(right.values())))
         own = [mask[torch.isin(asked, self.plan.own_test(n, mission))] for n, mask in right.items()]
         look.own = fraction(torch.cat(own))
@@ -226,6 +246,7 @@ class Federation:
                 "fed/bytes/up": look.up,
                 "fed/bytes/down": look.down,
                 "fed/node_seconds": look.node_seconds,
+                **({} if look.epsilon is None else {"fed/epsilon": look.epsilon}),
             },
         )
 
@@ -267,6 +288,8 @@ def make_method(
     briefing: Mapping[str, ArrayRecord | ConfigRecord],
     session: str,
     nodes: int,
+    channel: Channel | None = None,
+    wrap: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
 ) -> Method:
     """Build the strategy of a configuration.
 
@@ -276,26 +299,25 @@ def make_method(
         briefing: Records that a node needs once.
         session: Text that tells this federation from every other one.
         nodes: Number of nodes.
+        channel: How class statistics get to the server; None: as rows in the open.
+        wrap: Makes of the settings of the half at nodes those of one that protects it.
 
     Raises:
         ConfigError: It is no strategy of this job.
     """
     common: dict[str, Any] = {"briefing": briefing, "session": session, "nodes": nodes}
-    settings, curriculum = dict(config["strategy"]), config["curriculum"]
+    settings, curriculum = dict(config["strategy"]), config.get("curriculum")
     if statistics_alone(settings):
-        if curriculum is not None:
-            raise ConfigError(
-                f"Sums do not depend on their order, so {settings['_target_']} has no curriculum.",
-                remedy="Leave curriculum= out, or choose a strategy that trains networks.",
-            )
         empty = PrototypeMemory.empty(
             encoder.dim, encoder.embedding_id, config["memory"]["moments"]
         )
-        strategy = build(settings, empty=empty, merge=config["merge"], **common)
+        strategy = build(settings, empty=empty, merge=config["merge"], channel=channel, **common)
     else:
         if curriculum is not None:
             settings["local"] = {**settings["local"], "curriculum": curriculum["examples"]}
             common["curriculum"] = curriculum["nodes"]
+        open_training(settings.get("local"))  # refuses what every node would have to refuse
+        settings["local"] = wrap(settings["local"])
         strategy = build(settings, encoder=encoder, seed=config["seed"], **common)
     if not isinstance(strategy, PrototypeAveraging | TrainingStrategy):
         raise ConfigError(

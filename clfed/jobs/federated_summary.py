@@ -80,7 +80,10 @@ def assemble(
         "method": {
             "name": method_name(federation.strategy),
             "options": run.config["strategy"],
-            "leaves": federation.strategy.leaves,
+            "leaves": federation.protection.leaves(federation.strategy.leaves),
+            "privacy": federation.protection.tier.name,
+            "curriculum": run.config.get("curriculum"),
+            **_bound(run, federation),
         },
         "steps": [
             {
@@ -90,6 +93,7 @@ def assemble(
                 "bytes": {"up": look.up, "down": look.down},
                 "seconds": look.seconds,
                 "node_seconds": look.node_seconds,
+                **({} if look.epsilon is None else {"epsilon": look.epsilon}),
             }
             for look in looks
         ],
@@ -141,6 +145,17 @@ def _over_time(looks: Sequence[Look]) -> dict[str, float]:
         "own_last10": statistics.fmean(look.own for look in tail),
         "own_best": max(look.own for look in looks),
     }
+
+
+def _bound(run: Run, federation: Federation) -> dict[str, Any]:
+    """What the messages of the whole run reveal at most, for tiers that promise something."""
+    options = {k: v for k, v in run.config["privacy"].items() if k != "_target_"}
+    epsilon = federation.looks[-1].epsilon
+    found: dict[str, Any] = {"privacy_options": options} if options else {}
+    if epsilon is not None:
+        tier = federation.protection.tier
+        found |= {"epsilon": epsilon, "delta": tier.delta, "unit": tier.unit}
+    return found
 
 
 def _memory(federation: Federation) -> PrototypeMemory | None:

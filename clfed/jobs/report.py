@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 def run(cfg: DictConfig) -> Path:
     """Print one table for each protocol and write ``report.md`` and ``report.png``.
 
-    Where there are other tables, those of unlearners are drawn in ``unlearning.png``.
+    Where there are other tables, those of unlearners are drawn in ``unlearning.png`` and those of
+    federated methods in ``federated.png``.
 
     Args:
         cfg: The resolved configuration; only ``job`` counts.
@@ -79,8 +80,9 @@ def _folders(cfg: DictConfig) -> tuple[list[Path], Path]:
 
 
 def _draw(found: list[Table], output: Path) -> list[Path]:
-    """Draw the tables, those of unlearners in a figure of their own; the figures' paths."""
+    """Draw the tables, each kind of method in a figure of its own; the figures' paths."""
     from clfed.reporting.continual import learners_chart
+    from clfed.reporting.federated_chart import methods_chart
     from clfed.reporting.unlearning_chart import evidence_chart
 
     rows = [
@@ -92,14 +94,11 @@ def _draw(found: list[Table], output: Path) -> list[Path]:
         for number, table in enumerate(found, 1)
         for bar in table.bars
     ]
-    learners = [row for row in rows if row["job"] != "unlearning"]
-    unlearners = [row for row in rows if row["job"] == "unlearning"]
-    paths = []
-    for chart, own, name in (
-        (learners_chart, learners, "report.png"),
-        (evidence_chart, unlearners, "unlearning.png" if learners else "report.png"),
-    ):
-        if own:
-            chart(own, output / name)
-            paths.append(output / name)
+    own = {"unlearning": evidence_chart, "federated": methods_chart}
+    paths: list[Path] = []
+    for job, chart in (("", learners_chart), *own.items()):
+        shown = [row for row in rows if (row["job"] if row["job"] in own else "") == job]
+        if shown:
+            paths.append(output / (f"{job}.png" if paths else "report.png"))
+            chart(shown, paths[-1])
     return paths

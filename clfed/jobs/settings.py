@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from clfed.config import target
+from clfed.config import build, target
 from clfed.errors import ConfigError
 from clfed.prototypes import CLASSIFIERS, MERGES
 from clfed.prototypes.tables import Moments
+
+if TYPE_CHECKING:
+    from clfed.privacy.tiers import Tier
 
 
 def check(cfg: DictConfig) -> None:
@@ -40,6 +43,7 @@ def check(cfg: DictConfig) -> None:
         )
     one_of(cfg, "merge", MERGES)
     one_of(cfg, "memory.moments", get_args(Moments))
+    in_the_open(cfg)
     answering(cfg)
     _check_classifiers(cfg)
 
@@ -50,6 +54,7 @@ def check_unlearning(cfg: DictConfig) -> None:
     Raises:
         ConfigError: Names the first key that does not fit.
     """
+    in_the_open(cfg)
     for group in ("unlearner", "forget"):
         if cfg.get(group) is None:
             raise _wrong(group, "one of the choices that clfed --help lists", None)
@@ -73,6 +78,55 @@ def check_federated(cfg: DictConfig) -> None:
     number(cfg, "strategy.wait")
     one_of(cfg, "merge", MERGES)
     one_of(cfg, "memory.moments", get_args(Moments))
+    tier(cfg)
+    if OmegaConf.select(cfg, "curriculum") is not None and statistics_alone(cfg.strategy):
+        raise ConfigError(
+            f"Sums do not depend on their order, so {cfg.strategy._target_} has no curriculum.",
+            remedy="Leave curriculum= out, or choose a strategy that trains networks.",
+        )
+
+
+def tier(cfg: DictConfig) -> Tier:
+    """Return the privacy tier of the federated job, refused where the strategy does not fit it.
+
+    Raises:
+        ConfigError: A setting is out of range, or tier and strategy do not go together.
+    """
+    from clfed.privacy.tiers import Plain, Tier
+
+    settings: dict[str, Any] = OmegaConf.to_container(cfg.privacy)  # type: ignore[assignment]
+    found, strategy = build(settings), target(cfg.strategy)
+    if not isinstance(found, Tier):
+        raise _wrong("privacy", "a tier of clfed.privacy.tiers", settings["_target_"])
+    if not isinstance(strategy, type):
+        raise _wrong("strategy", "a class of clfed.strategies", cfg.strategy._target_)
+    found.check(
+        strategy,
+        moments=cfg.memory.moments,
+        merge=cfg.merge,
+        bits=cfg.strategy.get("message_bits"),
+    )
+    if not isinstance(found, Plain) and OmegaConf.select(cfg, "curriculum.nodes") is not None:
+        raise ConfigError(
+            f"Nodes tell how hard their images are for the curriculum, which privacy={found.name} "
+            "does not cover.",
+            remedy="Leave curriculum= out, or set privacy=plain.",
+        )
+    return found
+
+
+def in_the_open(cfg: DictConfig) -> None:
+    """Refuse every privacy tier but plain, in jobs that have no other.
+
+    Raises:
+        ConfigError: It is another one.
+    """
+    chosen = str(OmegaConf.select(cfg, "privacy._target_", default="Plain"))
+    if chosen.rpartition(".")[2] != "Plain":
+        raise ConfigError(
+            f"privacy must be plain in job={cfg.job.name}, got {chosen}.",
+            remedy="Privacy tiers are settings of job=federated.",
+        )
 
 
 def statistics_alone(strategy: Mapping[str, Any]) -> bool:
@@ -117,6 +171,7 @@ def check_continual(cfg: DictConfig) -> None:
     Raises:
         ConfigError: Names the first key that does not fit.
     """
+    in_the_open(cfg)
     stability = cfg.job.stability
     if stability.every is not None:
         whole(cfg, "job.stability.every", least=1)

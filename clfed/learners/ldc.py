@@ -20,8 +20,7 @@ from clfed.backbones.encoder import Transform
 from clfed.errors import ConfigError
 from clfed.learners.drifting import DistilledDrifting
 from clfed.prototypes import PrototypeMemory
-from clfed.prototypes.drift import linear_map
-from clfed.prototypes.moments import class_scatter
+from clfed.prototypes.drift import linear_map, through
 
 if TYPE_CHECKING:
     from clfed.scenarios.streams import Experience
@@ -83,11 +82,7 @@ class LearnableDriftCompensation(DistilledDrifting):
                 batch_size=self.batch_size,
                 rng=self.rng("drift"),
             ).double()
-        covariances = None
-        if memory.outer is not None:
-            spread = class_scatter(memory) / memory.counts.double()[:, None, None]
-            covariances = matrix @ spread @ matrix.T
-        return memory.means() @ matrix.T, covariances
+        return through(memory, matrix)
 
 
 def adam_map(

@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader
 
 from clfed.backbones import Encoder
 from clfed.data.benchmark import ImageSet
-from clfed.errors import EncoderError, InvalidEmbedding, NotEnoughData
+from clfed.errors import EncoderError, InvalidEmbedding
 from clfed.learners.base import Batch, ContinualLearner
 from clfed.learners.episodes import with_rotations
 from clfed.learners.options import Progress, TrainerOptions, TrainingSummary
 from clfed.learners.protonet import squared_distance_logits
 from clfed.learners.surroundings import quiet, threads
-from clfed.seeding import generator
+from clfed.scenarios.base_shares import validation_split
 
 log = logging.getLogger(__name__)
 
@@ -218,29 +218,6 @@ def average_weights(average: nn.Module, network: nn.Module, decay: float) -> Non
     torch._foreach_lerp_([old[name] for name in moving], [new[name] for name in moving], 1 - decay)
     for name in new.keys() - set(moving):
         old[name].copy_(new[name])
-
-
-def validation_split(images: ImageSet, shots: int, seed: int) -> Tensor:
-    """Return a mask ``(N,)`` of the images that make the prototypes; the others are classified.
-
-    Each class gives ``shots`` images, but at most three quarters of what it has, drawn by seed.
-
-    Raises:
-        NotEnoughData: A class has a single image.
-    """
-    counts = torch.bincount(images.labels, minlength=len(images.classes))
-    if len(images.classes) and int(counts.min()) < 2:
-        raise NotEnoughData(
-            f"A validation class needs 2 images at least, {images.classes[int(counts.argmin())]!r} "
-            f"has {int(counts.min())}."
-        )
-    shuffled = torch.randperm(len(images), generator=generator(seed, "validation"))
-    grouped = shuffled[images.labels[shuffled].argsort(stable=True)]
-    rank = torch.arange(len(images)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    wanted = torch.minimum(torch.tensor(shots), counts - (counts // 4).clamp(min=1))
-    support = torch.empty(len(images), dtype=torch.bool)
-    support[grouped] = rank < wanted.repeat_interleave(counts)
-    return support
 
 
 def nearest_mean_accuracy(embeddings: Tensor, labels: Tensor, support: Tensor) -> float:

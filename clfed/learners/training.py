@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,9 +17,9 @@ from clfed.backbones import MLP, Encoder, Identity
 from clfed.backbones.encoder import Transform
 from clfed.config import build
 from clfed.data.benchmark import Benchmark, ImageSet
-from clfed.errors import ConfigError, EncoderError, NotEnoughData
-from clfed.files import write_file
+from clfed.errors import ConfigError, NotEnoughData
 from clfed.learners.base import ContinualLearner
+from clfed.learners.encoder_files import TrainedBase, from_cache, from_file, save_base
 from clfed.learners.loop import fit
 from clfed.learners.options import Progress, TrainerOptions, TrainingSummary
 from clfed.scenarios.streams import Experience
@@ -30,7 +29,6 @@ from clfed.seeding import derive_seed
 TRAINING_VERSION = 1
 # Options of a learner that change what is read off a memory, and no weight.
 NOT_TRAINING = ("name", "classifier", "moments", "feature_map")
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,7 @@ class BaseTraining:
 
     Args:
         learner: ``_target_`` and options of a learner; without ``_target_`` nothing is trained.
+            ``path``: a file that holds the encoder.
         backbone: ``_target_`` and options of a backbone.
         trainer: How the training runs.
         feature_map: ``_target_`` and options of a map in ``clfed.prototypes.features``, or None.
@@ -76,15 +75,6 @@ class BaseTraining:
         )
 
 
-@dataclass(frozen=True)
-class TrainedBase:
-    """An encoder, how it came about, and whether it came from the cache."""
-
-    encoder: Encoder
-    summary: TrainingSummary
-    cached: bool
-
-
 def base_encoder(
     cfg: BaseTraining,
     benchmark: Benchmark,
@@ -119,12 +109,17 @@ def train_base(
 
     Raises:
         ConfigError: Learner, backbone and data do not fit together.
+        EncoderError: The file that the learner names is missing or damaged.
         NotEnoughData: Too few base classes or images for the learner.
         InvalidEmbedding: The training diverged.
         RunFolderError: The encoder cannot be written.
     """
     shape = tuple(benchmark.train.images.shape[1:])
     check_backbone(cfg.backbone, shape, benchmark.name)
+    if "path" in cfg.learner:
+        return from_file(
+            cfg.learner["path"], cfg.backbone, input_shape=shape, feature_map=cfg.feature_map
+        )
     backbone = initial_backbone(cfg.backbone, shape, seed)
     weights = any(True for _ in backbone.parameters())
     trained = bool(cfg.learner.get("_target_")) and len(shape) == 3 and weights
@@ -140,10 +135,10 @@ def train_base(
 
     key = cache_key(cfg, benchmark, base, validation, seed)
     path = cache / "base" / f"{key}.safetensors"
-    if (found := _cached(path)) is not None:
+    if (found := from_cache(path)) is not None:
         return found
     _make_folder(path.parent)
-    dim = _encoder(backbone, replace(cfg, feature_map=None), benchmark).dim
+    dim = freeze(backbone, replace(cfg, feature_map=None), benchmark).dim
     learner = make_learner(cfg.learner, backbone, benchmark, dim=dim, seed=seed)
     learner.check_base(base)
     learner.begin_experience(Experience(0, base, phase=0))
@@ -156,12 +151,10 @@ def train_base(
         cfg.trainer,
         seed=seed,
         checkpoint=path.with_suffix(".ckpt"),
-        encode=lambda network: _encoder(network, cfg, benchmark),
+        encode=lambda network: freeze(network, cfg, benchmark),
         progress=progress or (lambda step, total, text: None),
     )
-    # The summary first: where there is an encoder, there is its summary.
-    write_file(path.with_suffix(".json"), json.dumps(asdict(summary), indent=1).encode())
-    best.save(path)
+    save_base(best, summary, path)
     path.with_suffix(".ckpt").unlink(missing_ok=True)
     return TrainedBase(best, summary, cached=False)
 
@@ -252,7 +245,8 @@ def make_learner(
     return learner
 
 
-def _encoder(network: nn.Module, cfg: BaseTraining, benchmark: Benchmark) -> Encoder:
+def freeze(network: nn.Module, cfg: BaseTraining, benchmark: Benchmark) -> Encoder:
+    """Return the encoder that a trained backbone makes on a data set."""
     return Encoder(
         network,
         cfg.backbone,
@@ -264,7 +258,7 @@ def _encoder(network: nn.Module, cfg: BaseTraining, benchmark: Benchmark) -> Enc
 
 
 def _untrained(backbone: nn.Module, cfg: BaseTraining, benchmark: Benchmark) -> TrainedBase:
-    encoder = _encoder(backbone, cfg, benchmark)
+    encoder = freeze(backbone, cfg, benchmark)
     return TrainedBase(encoder, TrainingSummary(0, 0, [], "32", 0.0), cached=False)
 
 
@@ -276,15 +270,3 @@ def _make_folder(folder: Path) -> None:
             f"The cache of encoders {folder} cannot be made: {error.strerror}.",
             remedy="Set cache_dir to a folder that can be written.",
         ) from error
-
-
-def _cached(path: Path) -> TrainedBase | None:
-    """Return what the cache holds; a damaged file is reported and made again."""
-    if not path.is_file():
-        return None
-    try:
-        summary = TrainingSummary(**json.loads(path.with_suffix(".json").read_bytes()))
-        return TrainedBase(Encoder.load(path), summary, cached=True)
-    except (EncoderError, OSError, ValueError, TypeError) as error:
-        log.warning("The cached encoder is damaged and is trained again. %s", error)
-        return None

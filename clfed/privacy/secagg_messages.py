@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from clfed.errors import InvalidMessage
 from clfed.federated.grid import exchange
 from clfed.federated.records import blob, config
-from clfed.federated.wire import record_bytes
+from clfed.federated.wire import COST, record_bytes
 from clfed.privacy.aggregator import Aggregator
 from clfed.privacy.secure_aggregation import Client
 from clfed.privacy.terms import Terms, Words
@@ -41,6 +41,7 @@ class SecureSum:
         refused: Reason by node id, for replies that were errors or broke a rule.
         down: Payload bytes sent to nodes.
         up: Payload bytes that came back.
+        seconds: Time that nodes worked, where they are gauged.
     """
 
     memory: PrototypeMemory
@@ -48,6 +49,7 @@ class SecureSum:
     refused: Mapping[int, str]
     down: int
     up: int
+    seconds: float = 0.0
 
 
 def respond(
@@ -91,7 +93,14 @@ def respond(
     return RecordDict({"parts": ConfigRecord(dict(parts))})
 
 
-def secure_sum(grid: Grid, nodes: Iterable[int], terms: Terms, *, timeout: float) -> SecureSum:
+def secure_sum(
+    grid: Grid,
+    nodes: Iterable[int],
+    terms: Terms,
+    *,
+    timeout: float,
+    head: ConfigRecord | None = None,
+) -> SecureSum:
     """Let nodes add up their deltas without showing them.
 
     Args:
@@ -99,12 +108,13 @@ def secure_sum(grid: Grid, nodes: Iterable[int], terms: Terms, *, timeout: float
         nodes: Ids of the nodes to ask.
         terms: Of the round, see :class:`Terms`.
         timeout: Longest wait for the replies of each of the four steps, seconds.
+        head: What the record ``round`` of every request holds besides.
 
     Raises:
         FederationError: Too few nodes answered a step, or one sent false shares.
         InvalidMessage: No honest contributors can have the sum that came out.
     """
-    server, post = Aggregator(terms), _Post(grid, terms, timeout)
+    server, post = Aggregator(terms), _Post(grid, terms, timeout, head)
     first = {str(node): None for node in nodes}
     keys = server.take_keys(post.own(_KEYS, first))
     roster = ConfigRecord(dict(keys))
@@ -115,20 +125,22 @@ def secure_sum(grid: Grid, nodes: Iterable[int], terms: Terms, *, timeout: float
     memory = server.take_unmasked(post.ask(_UNMASK, dict.fromkeys(server.contributors, fates)))
     contributors = sorted(map(int, server.contributors))
     refused = {int(name): reason for name, reason in (server.refused | post.failed).items()}
-    return SecureSum(memory, tuple(contributors), refused, post.down, post.up)
+    return SecureSum(memory, tuple(contributors), refused, post.down, post.up, post.seconds)
 
 
 class _Post:
     """Carries the messages of one round and counts their bytes."""
 
-    def __init__(self, grid: Grid, terms: Terms, timeout: float) -> None:
+    def __init__(self, grid: Grid, terms: Terms, timeout: float, head: ConfigRecord | None) -> None:
         self._grid, self._terms, self._timeout = grid, terms, timeout
+        self._head = head or ConfigRecord()
         self.failed: dict[str, str] = {}
         self.down = self.up = 0
+        self.seconds = 0.0
 
     def ask(self, action: str, requests: Mapping[str, Request]) -> dict[str, dict[str, bytes]]:
         """Return the parts of every reply, by name; errors are noted as failed."""
-        head = ConfigRecord({"digest": self._terms.digest})
+        head = ConfigRecord({**self._head, "digest": self._terms.digest})
         if action == _KEYS:
             head["terms"] = self._terms.to_bytes()
         messages = []
@@ -148,6 +160,8 @@ class _Post:
             try:
                 replies[name] = _bytes(config(reply.content, "parts"))
                 self.up += record_bytes(reply.content)
+                spent = reply.content[COST].get("seconds") if COST in reply.content else 0.0
+                self.seconds += spent if isinstance(spent, int | float) else 0.0
             except (InvalidMessage, ValueError) as error:  # ValueError: it cannot be measured
                 self.failed[name] = str(error)
         return replies

@@ -145,3 +145,20 @@ def linear_map(cross: Tensor, gram: Tensor, penalty: float, *, identity: bool = 
     if identity:
         return eye + solve(known, (cross - gram).T).T
     return solve(known, cross.T).T
+
+
+def through(memory: PrototypeMemory, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+    r"""Class means and covariances sent through a linear map, :math:`A\mu` and :math:`A\Sigma A^T`.
+
+    Args:
+        memory: Second moments ``none`` or ``class``.
+        matrix: :math:`A`, ``(D, D)`` float64.
+
+    Returns:
+        ``(C, D)`` and, where second moments by class are kept, ``(C, D, D)``, both float64.
+    """
+    covariances = None
+    if memory.outer is not None:
+        spread = class_scatter(memory) / memory.counts.double()[:, None, None]
+        covariances = matrix @ spread @ matrix.T
+    return memory.means() @ matrix.T, covariances

@@ -13,9 +13,11 @@ from clfed.config import choices, compose, config_dir
 
 #: Groups whose choice decides numbers, in the order in which a command names them.
 GROUPS = (
-    *("data", "scenario", "backbone", "learner", "trainer", "strategy", "engine"),
-    *("forget", "unlearner"),
+    *("data", "scenario", "backbone", "learner", "trainer", "strategy", "curriculum", "privacy"),
+    *("engine", "forget", "unlearner"),
 )
+#: The group that a job compares; of the others it is the learner.
+COMPARED = {"federated": "strategy", "unlearning": "unlearner"}
 #: Where a run writes, and who watches it; and smoke settings, which are merged in by then.
 ASIDE = ("seed", "run_dir", "cache_dir", "overwrite", "logger", "smoke", "when_smoke")
 _BARE = re.compile(r"(?:\.{0,2}/)?[A-Za-z_][\w./-]*")
@@ -30,7 +32,7 @@ class Recipe:
         shared: Overrides that have nothing to do with the method.
         method: The choice of the group that is compared; None where the job's own one is taken.
         options: Overrides of the method's settings.
-        group: ``learner``, or ``unlearner`` where there is one.
+        group: The one that the job compares.
     """
 
     shared: tuple[str, ...]
@@ -66,8 +68,11 @@ def recipe(config: Mapping[str, Any]) -> Recipe:
         # A setting that the run did not know, because it is newer, keeps its default.
         if not re.fullmatch(r"~\w+(\.\w+)?", override)
     ]
-    compared = "unlearner" if config.get("unlearner") else "learner"
-    method = chosen.get(compared) or _name_of(compared, default.get(compared))
+    compared = COMPARED.get(config["job"]["name"], "learner")
+    usual = default.get(compared)
+    method = chosen.get(compared) or _name_of(compared, usual)
+    if method is None and compared == "strategy":
+        method = _choice(compared, usual, None, composing)
     options = sorted(v for v in values if v.lstrip("+~").startswith(f"{compared}."))
     rest = sorted(v for v in values if v not in options)
     groups = [f"{group}={choice}" for group, choice in chosen.items() if group != compared]

@@ -1,4 +1,4 @@
-"""Tables over many runs: one for each protocol, one row for each learner or unlearner."""
+"""Tables over many runs: one for each protocol, one row for each learner, unlearner or method."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
 
+from clfed.reporting import federated
 from clfed.reporting.cells import NOTHING, bar, join, mean, number, percent
 from clfed.reporting.commands import command_lines, differences
-from clfed.reporting.run_groups import FinishedRun, Repetitions, by_method, by_protocol
+from clfed.reporting.run_groups import FinishedRun, Repetitions, by_method, by_protocol, each
 from clfed.reporting.tables import markdown_table
 from clfed.reporting.unlearning_tables import comparison, explained
 from clfed.reporting.words import in_words, words
@@ -33,8 +34,9 @@ class Table:
         protocol: What was measured, by name.
         commands: Shell commands that make the runs.
         rows: Cells by column.
-        bars: The same rows for :func:`clfed.reporting.continual.learners_chart`, or of unlearners
-            for :func:`clfed.reporting.unlearning_chart.evidence_chart`.
+        bars: The same rows for :func:`clfed.reporting.continual.learners_chart`, of unlearners
+            for :func:`clfed.reporting.unlearning_chart.evidence_chart`, or of federated methods
+            for :func:`clfed.reporting.federated_chart.methods_chart`.
         notes: What marks and columns mean.
         warnings: What a reader must know before comparing.
     """
@@ -51,7 +53,12 @@ class Table:
 
 def tables(runs: Iterable[FinishedRun]) -> list[Table]:
     """Make a table for each protocol among some runs."""
-    makers = {"continual": _streams, "unlearning": _unlearners, "reconnaissance": _alternatives}
+    makers = {
+        "continual": _streams,
+        "unlearning": _unlearners,
+        "federated": _methods,
+        "reconnaissance": _alternatives,
+    }
     return [makers[group[0].results["job"]](group) for group in by_protocol(runs)]
 
 
@@ -63,8 +70,8 @@ def markdown(found: Sequence[Table], refused: Sequence[str]) -> str:
         refused: A sentence for each folder that was left out.
     """
     blocks = [f"# Report\n\n{_many(len(found), 'table')}, one for each protocol. {_CELLS}"]
-    for number, table in enumerate(found, 1):
-        parts = [f"## Table {number}: {table.title}"]
+    for place, table in enumerate(found, 1):
+        parts = [f"## Table {place}: {table.title}"]
         parts += [f"**Warning:** {warning}" for warning in table.warnings]
         parts.append("\n".join(in_words(table.protocol)))
         if table.commands:
@@ -97,9 +104,9 @@ def _streams(group: Sequence[FinishedRun]) -> Table:
             "accuracy %": percent(_accuracies(row)),
             "incremental %": percent(_metric(row, "acc/inc")),
             "forgetting %": percent(_metric(row, "forgetting/max")),
-            "WC-ACC %": percent(_each(row, lambda r: r.get("stability", {}).get("wc_acc"))),
-            "stored kB": number(_each(row, _stored), "{:,.1f}"),
-            "seconds": number(_each(row, lambda r: r["final"]["seconds"]), "{:,.1f}"),
+            "WC-ACC %": percent(each(row, lambda r: r.get("stability", {}).get("wc_acc"))),
+            "stored kB": number(each(row, _stored), "{:,.1f}"),
+            "seconds": number(each(row, lambda r: r["final"]["seconds"]), "{:,.1f}"),
             "seeds": join(row.seeds),
         }
         for row, label, marked in zip(rows, labels, marks, strict=True)
@@ -120,6 +127,19 @@ def _unlearners(group: Sequence[FinishedRun]) -> Table:
     marks = [_marks(row) for row in rows]
     cells, bars = comparison(rows, [*map(_marked, _labels(rows), marks)])
     return _table(group, rows, cells, bars, marks, explained(rows))
+
+
+def _methods(group: Sequence[FinishedRun]) -> Table:
+    """One row a federated method, the most accurate one first."""
+    named = [(federated.method_name(row.runs[0].method), row) for row in by_method(group)]
+    named.sort(key=lambda pair: (-mean(federated.union(pair[1])), pair[0]))
+    rows = [row for _, row in named]
+    marks = [_marks(row) for row in rows]
+    labels = _told_apart([name for name, _ in named], [*map(federated.settings, rows)])
+    labels = [*map(_marked, labels, marks)]
+    cells = federated.without_empty([*map(federated.method_cells, rows, labels)])
+    bars = [*map(federated.method_bar, rows, labels)]
+    return _table(group, rows, cells, bars, marks, federated.explained(rows))
 
 
 def _alternatives(group: Sequence[FinishedRun]) -> Table:
@@ -198,8 +218,11 @@ def _marked(label: str, marks: Sequence[str]) -> str:
 
 def _labels(rows: Sequence[Repetitions]) -> list[str]:
     """Names of methods; where one stands in several rows, with the settings that differ."""
-    names = [_learner(row) for row in rows]
     options = [row.runs[0].method.get("options") or {} for row in rows]
+    return _told_apart([*map(_learner, rows)], options)
+
+
+def _told_apart(names: Sequence[str], options: Sequence[Mapping[str, Any]]) -> list[str]:
     labels = []
     for name, own in zip(names, options, strict=True):
         others = [o for n, o in zip(names, options, strict=True) if n == name and o != own]
@@ -234,16 +257,12 @@ def _metric(row: Repetitions, name: str) -> list[float]:
         value: float | None = found.get(name, found.get(f"{name}_til"))
         return value
 
-    return _each(row, find)
+    return each(row, find)
 
 
 def _stored(results: Mapping[str, Any]) -> float | None:
     stored = results["learner"].get("stored")
     return sum(stored.values()) / 1000 if stored else None
-
-
-def _each(row: Repetitions, find: Callable[[Mapping[str, Any]], float | None]) -> list[float]:
-    return [value for run in row.runs if (value := find(run.results)) is not None]
 
 
 def _cost(

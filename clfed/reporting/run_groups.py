@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from clfed.config import one_sentence
 from clfed.errors import ConfigError, RunFolderError
 from clfed.reporting.commands import ASIDE, Recipe, differences, recipe
 from clfed.reporting.results import read
+from clfed.reporting.run_checks import CHECKS
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class FinishedRun:
 
     @property
     def method(self) -> Mapping[str, Any]:
-        """Who did it, learner or unlearner; empty for jobs that compare no methods."""
+        """Who did it, learner, unlearner or strategy; empty for jobs that compare no methods."""
         found: Mapping[str, Any] = self.results.get(JOBS[self.results["job"]], {})
         return found
 
@@ -67,7 +68,9 @@ class FinishedRun:
         found = {k: v for k, v in self.results["protocol"].items() if k not in REPEATED}
         if isinstance(training := found.get("training"), Mapping):
             found["training"] = {k: v for k, v in training.items() if k not in MEASURED}
-        if not self.method and self.config is not None:
+        job = self.results["job"]
+        trained = job == "federated" and training is not None
+        if (job == "reconnaissance" or trained) and self.config is not None:
             # How the encoder was made decides as much, and these results do not say it.
             found |= {k: self.config[k] for k in ("backbone", "learner") if k in self.config}
         return found
@@ -111,6 +114,11 @@ class Repetitions:
     def seeds(self) -> list[int]:
         """The seeds, ascending."""
         return [run.seed for run in self.runs]
+
+
+def each(row: Repetitions, find: Callable[[Mapping[str, Any]], float | None]) -> list[float]:
+    """Return what is found in the results of a row, without the runs where there is nothing."""
+    return [value for run in row.runs if (value := find(run.results)) is not None]
 
 
 def find_runs(folders: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
@@ -158,7 +166,8 @@ def by_method(runs: Iterable[FinishedRun]) -> list[Repetitions]:
     rows: dict[str, list[FinishedRun]] = {}
     for run in runs:
         # How many images a buffer holds may depend on the seed; whether there is one does not.
-        kind = {k: v for k, v in run.method.items() if k not in ("stored", "scope")}
+        # So may the bound of what was sent.
+        kind = {k: v for k, v in run.method.items() if k not in ("stored", "scope", "epsilon")}
         kind["images_kept"] = bool(kind.get("images_kept"))
         kind["options"] = _without_seed(kind.get("options"), run.seed)
         rows.setdefault(_key(kind), []).append(run)
@@ -204,7 +213,8 @@ def _why(one: FinishedRun, other: FinishedRun) -> str:
 
 
 def _measured(run: FinishedRun) -> str:
-    parts = [run.results.get(part) for part in ("accuracy_matrix", "continual")]
+    keys = ("accuracy_matrix", "continual", "accuracy_by_mission")
+    parts = [run.results.get(key) for key in keys]
     evidence = run.results.get("unlearning", {}).get("measures")
     return _key(run.results["final"]["accuracy"], *parts, evidence)
 
@@ -213,54 +223,8 @@ def _open(path: Path) -> FinishedRun:
     results: Mapping[str, Any] = read(path)
     if results["job"] not in JOBS:
         raise RunFolderError(f"job={results['job']} has no table in this report.")
-    if results["job"] == "continual":
-        _check_continual(results)
-    if results["job"] == "unlearning":
-        _check_unlearning(results)
+    CHECKS.get(results["job"], lambda _: None)(results)
     return FinishedRun(path.parent, results, path.stat().st_mtime)
-
-
-def _check_continual(results: Mapping[str, Any]) -> None:
-    learner = results.get("learner")
-    name = learner.get("name") if isinstance(learner, Mapping) else None
-    if not isinstance(name, str) or name not in results["final"]["accuracy"]:
-        raise RunFolderError("results.json: expected the learner and its final accuracy.")
-    assert isinstance(learner, Mapping)
-    parts = [learner.get("stored", {}), results.get("continual", {}), results.get("stability", {})]
-    if not all(isinstance(part, Mapping) for part in parts):
-        raise RunFolderError("results.json: expected objects as learner.stored and continual.")
-    stored, metrics, stability = parts
-    numbers = [*stored.values(), *metrics.values(), learner.get("images_kept", 0)]
-    numbers.append(stability.get("wc_acc", 0.0))
-    if not all(map(_is_number, numbers)):
-        raise RunFolderError("results.json: expected numbers in learner.stored and continual.")
-
-
-def _check_unlearning(results: Mapping[str, Any]) -> None:
-    try:
-        found = results["unlearning"]
-        numbers = [found["cost"][key] for key in ("seconds", "oracle_seconds", "ratio")]
-        numbers += [run["original_seed"] for run in found["runs"]]
-        spreads = [found["cost"]["spread"]]
-        for part in ("measures", "original", "oracle"):
-            numbers += [measure["mean"] for measure in found[part].values()]
-            spreads += [v for m in found[part].values() for k, v in m.items() if k != "mean"]
-        numbers += [spread for spread in spreads if spread is not None]
-        texts = [request[key] for request in results["requests"] for key in ("kind", "what")]
-        texts += [results["unlearner"][key] for key in ("name", "scope")]
-        texts += found["ideals"].values()
-        sound = all(map(_is_number, numbers)) and all(isinstance(text, str) for text in texts)
-    except (AttributeError, KeyError, TypeError):
-        sound = False
-    if not sound:
-        raise RunFolderError(
-            "results.json: expected the unlearner, its requests, and its measures and cost in "
-            "numbers beside those of original and oracle."
-        )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _key(*parts: object) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clfed.reporting.console import console
+from clfed.reporting.federated import method_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,6 +15,7 @@ __all__ = [
     "classifiers_table",
     "console",
     "console_table",
+    "federated_table",
     "markdown_table",
     "metrics_table",
     "summary_table",
@@ -149,6 +151,13 @@ def metrics_table(results: Mapping[str, Any]) -> Table:
     return console_table(title, ("", "value", "name"), rows, caption)
 
 
+OVER_TIME = {
+    "union_last10": "accuracy on all classes, last 10 looks",
+    "own_last10": "accuracy on what is like a node's own, last 10 looks",
+    "own_best": "accuracy on what is like a node's own, best look",
+}
+
+
 def federated_table(results: Mapping[str, Any]) -> Table:
     """The table at the end of a federated method: what it knows, what it took, what left a node.
 
@@ -156,22 +165,25 @@ def federated_table(results: Mapping[str, Any]) -> Table:
         results: Valid results of the federated job.
     """
     final, method = results["final"], results["method"]
-    lost, peak = final["forgetting"], final["peak_bytes"]
+    accuracy, lost, peak = final["accuracy"], final["forgetting"], final["peak_bytes"]
+    epsilon = method.get("epsilon")
     rows = [
-        ("accuracy on all classes", f"{final['accuracy']['union']:.1%}"),
-        ("accuracy on what is like a node's own", f"{final['accuracy']['own']:.1%}"),
+        ("accuracy on all classes", f"{accuracy['union']:.1%}"),
+        ("accuracy on what is like a node's own", f"{accuracy['own']:.1%}"),
+        *((text, f"{accuracy[key]:.1%}") for key, text in OVER_TIME.items() if key in accuracy),
         ("forgetting", "-" if lost is None else f"{lost:.1%}"),
         ("sent by nodes, kB", _kilobytes(final["bytes"]["up"])),
         ("sent to nodes, kB", _kilobytes(final["bytes"]["down"])),
         ("work of the nodes, s", _seconds(final["node_seconds"])),
         ("largest memory of a node's work, MB", "-" if peak is None else f"{peak / 1e6:,.0f}"),
+        ("bound of what was sent, epsilon", "none" if epsilon is None else f"{epsilon:.3g}"),
     ]
     protocol = results["protocol"]
     caption = (
         f"{protocol['missions']} missions of {protocol['nodes']} nodes, {protocol['classes']} "
         f"classes; what leaves a node: {method['leaves']}"
     )
-    title = f"{results['job']}: {method['name']}, seed {results['seed']}"
+    title = f"{results['job']}: {method_name(method)}, seed {results['seed']}"
     return console_table(title, ("", "value"), rows, caption)
 
 

@@ -1,5 +1,6 @@
 """Who sees which classes when."""
 
+from clfed.scenarios.base_shares import base_shares
 from clfed.scenarios.dirichlet import dirichlet
 from clfed.scenarios.domains import permuted, rotated
 from clfed.scenarios.few_shot import few_shot
@@ -21,6 +22,7 @@ __all__ = [
     "MissionPlan",
     "Setting",
     "Stream",
+    "base_shares",
     "class_incremental",
     "dirichlet",
     "expected_coverage",

@@ -58,8 +58,8 @@ def dirichlet(
         NotEnoughData: The data set has too few classes or images for the settings.
     """
     positive(nodes=nodes, tasks=tasks)
-    if beta is not None and not (isinstance(beta, int | float) and 0 < beta < math.inf):
-        raise ConfigError(f"scenario.beta must be null or a number above 0, got {beta!r}.")
+    if test_images is not None:
+        positive(test_images=test_images)
     chosen("groups", groups, ("field", "all"))
     rng = generator(seed, "dirichlet")
     known = benchmark.groups.get("field", ()) if groups == "field" else benchmark.train.classes
@@ -74,9 +74,9 @@ def dirichlet(
     order = torch.randperm(len(names), generator=rng)
     task_of = torch.empty(len(names), dtype=torch.int64)
     task_of[order] = torch.arange(len(names)) * tasks // len(names) + 1
-    shares = _shares(len(names), nodes, beta, seed)
-    holder = _divided(support, shares, rng)
-    tester = _divided(test, shares, rng)
+    shares = shares_of(len(names), nodes, beta, seed)
+    holder = divided(support, shares, rng)
+    tester = divided(test, shares, rng)
     missions = []
     for task in range(1, tasks + 1):
         now = task_of[support.labels] == task
@@ -104,8 +104,14 @@ def _limited(support: ImageSet, count: int, rng: torch.Generator) -> ImageSet:
     return support.subset(torch.cat(drawn).sort().values)
 
 
-def _shares(classes: int, nodes: int, beta: float | None, seed: int) -> Tensor:
-    """Return the share of each class that each node gets, ``(classes, nodes)`` float64."""
+def shares_of(classes: int, nodes: int, beta: float | None, seed: int) -> Tensor:
+    """Return the share of each class that each node gets, ``(classes, nodes)`` float64.
+
+    Raises:
+        ConfigError: The concentration is out of range.
+    """
+    if beta is not None and not (type(beta) in (int, float) and 0 < beta < math.inf):
+        raise ConfigError(f"scenario.beta must be null or a number above 0, got {beta!r}.")
     if beta is None:
         return torch.full((classes, nodes), 1.0 / nodes, dtype=torch.float64)
     import numpy as np
@@ -116,7 +122,7 @@ def _shares(classes: int, nodes: int, beta: float | None, seed: int) -> Tensor:
     return torch.from_numpy(draw.dirichlet([beta] * nodes, size=classes))
 
 
-def _divided(images: ImageSet, shares: Tensor, rng: torch.Generator) -> Tensor:
+def divided(images: ImageSet, shares: Tensor, rng: torch.Generator) -> Tensor:
     """Return the node of each image, ``(N,)`` int64: whole numbers of images nearest to shares."""
     holder = torch.empty(len(images), dtype=torch.int64)
     ends = shares.cumsum(dim=1)

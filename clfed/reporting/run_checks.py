@@ -1,0 +1,78 @@
+"""Whether the results of a job hold what its table shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from clfed.errors import RunFolderError
+
+
+def _check_continual(results: Mapping[str, Any]) -> None:
+    learner = results.get("learner")
+    name = learner.get("name") if isinstance(learner, Mapping) else None
+    if not isinstance(name, str) or name not in results["final"]["accuracy"]:
+        raise RunFolderError("results.json: expected the learner and its final accuracy.")
+    assert isinstance(learner, Mapping)
+    parts = [learner.get("stored", {}), results.get("continual", {}), results.get("stability", {})]
+    if not all(isinstance(part, Mapping) for part in parts):
+        raise RunFolderError("results.json: expected objects as learner.stored and continual.")
+    stored, metrics, stability = parts
+    numbers = [*stored.values(), *metrics.values(), learner.get("images_kept", 0)]
+    numbers.append(stability.get("wc_acc", 0.0))
+    if not all(map(_is_number, numbers)):
+        raise RunFolderError("results.json: expected numbers in learner.stored and continual.")
+
+
+def _check_unlearning(results: Mapping[str, Any]) -> None:
+    try:
+        found = results["unlearning"]
+        numbers = [found["cost"][key] for key in ("seconds", "oracle_seconds", "ratio")]
+        numbers += [run["original_seed"] for run in found["runs"]]
+        spreads = [found["cost"]["spread"]]
+        for part in ("measures", "original", "oracle"):
+            numbers += [measure["mean"] for measure in found[part].values()]
+            spreads += [v for m in found[part].values() for k, v in m.items() if k != "mean"]
+        numbers += [spread for spread in spreads if spread is not None]
+        texts = [request[key] for request in results["requests"] for key in ("kind", "what")]
+        texts += [results["unlearner"][key] for key in ("name", "scope")]
+        texts += found["ideals"].values()
+        sound = all(map(_is_number, numbers)) and all(isinstance(text, str) for text in texts)
+    except (AttributeError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise RunFolderError(
+            "results.json: expected the unlearner, its requests, and its measures and cost in "
+            "numbers beside those of original and oracle."
+        )
+
+
+def _check_federated(results: Mapping[str, Any]) -> None:
+    try:
+        method, final = results["method"], results["final"]
+        texts = [method["name"], method["leaves"]]
+        numbers = [final["accuracy"][key] for key in ("union", "own")]
+        numbers += [final["bytes"][key] for key in ("up", "down")] + [final["node_seconds"]]
+        some = [final["forgetting"], final["peak_bytes"], method.get("epsilon")]
+        numbers += [value for value in some if value is not None]
+        sound = isinstance(method["options"], Mapping) and all(map(_is_number, numbers))
+        sound = sound and all(isinstance(text, str) for text in texts)
+    except (AttributeError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise RunFolderError(
+            "results.json: expected the method, what leaves a node, and accuracies, forgetting, "
+            "bytes, seconds and memory in numbers."
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+#: What a job's results must hold beside what all results hold.
+CHECKS = {
+    "continual": _check_continual,
+    "unlearning": _check_unlearning,
+    "federated": _check_federated,
+}
