@@ -22,7 +22,7 @@ from clfed.federated.local_training import LocalTraining, Visit
 from clfed.federated.wire import decode_memory, encode_memory
 from clfed.prototypes.contribution import DEFAULT_CAP, check_evidence
 from clfed.prototypes.drift_statistics import DriftStatistics
-from clfed.strategies.base import TrainingStrategy
+from clfed.strategies.training import TrainingStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class DriftSurvey(TrainingStrategy[DriftStatistics]):
     Args:
         encoder: The present embedding.
         before: The older embedding.
-        options: Of :class:`~clfed.strategies.base.TrainingStrategy`.
+        options: Of :class:`~clfed.strategies.training.TrainingStrategy`.
 
     Raises:
         ConfigError: The embeddings have different sizes.

@@ -32,8 +32,8 @@ from clfed.federated.networks import load_network, network_record
 from clfed.learners.curricula import ExampleCurriculum, difficulties
 from clfed.learners.fine_tuning import FineTuning, Loss, Order, passes
 from clfed.prototypes.contribution import DEFAULT_CAP
-from clfed.strategies.base import TrainingStrategy
 from clfed.strategies.settings import check_rates, check_weights, check_whole
+from clfed.strategies.training import TrainingStrategy
 
 Floats = NDArray[Any]
 HEAD = ("head.weight", "head.bias")
@@ -64,7 +64,7 @@ class FedAvg(TrainingStrategy[Trained]):
 
     Args:
         encoder: The network that everybody starts from.
-        options: Of :class:`~clfed.strategies.base.TrainingStrategy`.
+        options: Of :class:`~clfed.strategies.training.TrainingStrategy`.
     """
 
     leaves: ClassVar[str] = "weights of the whole network, number of images, class names"

@@ -35,7 +35,7 @@ class FedCOF(PrototypeAveraging):
         ConfigError: A setting is out of range.
     """
 
-    def __init__(self, empty: PrototypeMemory, *, shrinkage: float = 1.0, **options: Any) -> None:
+    def __init__(self, empty: PrototypeMemory, *, shrinkage: float = 0.1, **options: Any) -> None:
         check_rates(shrinkage=shrinkage)
         if options.get("merge", "pooled") != "pooled":
             raise ConfigError(

@@ -40,9 +40,9 @@ from clfed.federated.local_training import Visit
 from clfed.learners.fine_tuning import FineTuning, Loss
 from clfed.learners.training import initial_backbone
 from clfed.prototypes.contribution import DEFAULT_CAP
-from clfed.strategies.base import TrainingStrategy
 from clfed.strategies.personal import PersonalTraining, check_backbones
 from clfed.strategies.settings import check_weights
+from clfed.strategies.training import TrainingStrategy
 
 AGGREGATIONS = ("exact", "paper", "code")
 _BATCH = 256
@@ -75,7 +75,7 @@ class FedProto(TrainingStrategy[Prototypes]):
         aggregation: ``exact``: weighted by numbers of images, the mean of all images where all
             networks are equal; ``paper``: that divided by the number of nodes that met the class;
             ``code``: the mean over these nodes.
-        options: Of :class:`~clfed.strategies.base.TrainingStrategy`.
+        options: Of :class:`~clfed.strategies.training.TrainingStrategy`.
 
     Attributes:
         classes: Names of the global prototypes, sorted.

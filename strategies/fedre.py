@@ -43,8 +43,8 @@ from clfed.learners.fine_tuning import FineTuning
 from clfed.prototypes.entangling import MECHANISMS, Entangled, entangle
 from clfed.prototypes.fixed_point import RANGE
 from clfed.seeding import generator
-from clfed.strategies.base import TrainingStrategy
 from clfed.strategies.personal import MODEL, PersonalTraining
+from clfed.strategies.training import TrainingStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class FedRE(TrainingStrategy[Entangled]):
         width: Common size of embeddings.
         lr: Learning rate of the head's gradient descent, one pass over the nodes a round.
         batch_size: Nodes a step; the loss is summed over them, not averaged.
-        options: Of :class:`~clfed.strategies.base.TrainingStrategy`.
+        options: Of :class:`~clfed.strategies.training.TrainingStrategy`.
 
     Attributes:
         classes: Of the head's rows, sorted.

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
-from clfed.strategies.base import TrainingStrategy
+from clfed.strategies.training import TrainingStrategy
 
 
 class LocalOnly(TrainingStrategy[None]):
@@ -18,7 +18,7 @@ class LocalOnly(TrainingStrategy[None]):
 
     Args:
         encoder: The network that nodes start from, unless they have architectures of their own.
-        options: Of :class:`~clfed.strategies.base.TrainingStrategy`.
+        options: Of :class:`~clfed.strategies.training.TrainingStrategy`.
     """
 
     leaves: ClassVar[str] = "nothing"

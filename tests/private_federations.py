@@ -15,7 +15,7 @@ from clfed.federated.client_app import app
 from clfed.federated.field import Field, field_settings, open_field
 from clfed.federated.node import briefing
 from clfed.federated.rounds import run_rounds
-from clfed.jobs.federated import make_method
+from clfed.jobs.method import make_method
 from clfed.jobs.protection import Protection, typical_length
 from clfed.learners.training import initial_backbone
 from clfed.prototypes import PrototypeMemory

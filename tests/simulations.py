@@ -22,7 +22,7 @@ from clfed.federated.grid import LocalGrid
 from clfed.federated.local_training import Visit
 from clfed.federated.node import briefing
 from clfed.federated.rounds import run_rounds
-from clfed.jobs.federated import Method, make_method
+from clfed.jobs.method import Method, make_method
 from clfed.learners.training import initial_backbone
 from clfed.seeding import derive_seed
 

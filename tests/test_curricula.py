@@ -28,6 +28,7 @@ from clfed.federated.node import briefing
 from clfed.federated.rounds import run_rounds
 from clfed.federated.wire import record_bytes
 from clfed.jobs import federated
+from clfed.jobs.method import make_method
 from clfed.learners.curricula import (
     FLOOR,
     ORDERINGS,
@@ -505,7 +506,7 @@ def play(tmp_path, curriculum, *, method=FedAvg, rounds=4, participation=0.4, pl
         "seed": 3,
     }
     session = f"{curriculum} {method} {list(places)}"
-    server = federated.make_method(
+    server = make_method(
         config, encoder, briefing=briefing(node_settings, encoder), session=session, nodes=NODES
     )
     grid, reports = Watched(list(places)), []

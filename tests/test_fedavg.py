@@ -305,3 +305,17 @@ def test_with_one_head_it_is_the_average_that_flower_makes():
     for key, value in plain(ours).items():
         if value.dtype == np.float32:  # Flower averages counters as well
             np.testing.assert_allclose(value, expected[key], rtol=1e-5, atol=1e-6)
+
+
+def test_an_impostor_does_not_count_whoever_comes_first():
+    rng = np.random.default_rng(10)
+    good, other = reply("a", "ab", 4, network("ab", rng), node=1), network("ab", rng)
+    false = reply("a", "ab", 9, other, node=2)
+    honest, _ = strategy().aggregate_train(1, [good])
+    for order in permutations([good, false]):
+        known = strategy()
+        first, _ = known.aggregate_train(1, [good])
+        list(known.configure_train(2, first, ConfigRecord(), Nodes(2)))
+        again, _ = known.aggregate_train(2, order)
+        assert all((plain(honest)[key] == value).all() for key, value in plain(again).items())
+        assert strategy().aggregate_train(1, order) == (None, None)  # nobody had the name before

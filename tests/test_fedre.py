@@ -19,8 +19,8 @@ from clfed.errors import ConfigError, InvalidEmbedding, InvalidMessage
 from clfed.federated.grid import LocalGrid
 from clfed.learners.common_head import MAPPINGS, MappedNetwork, initial_row, train_head
 from clfed.prototypes.entangling import MECHANISMS, Entangled, entangle
-from clfed.strategies.base import TrainingStrategy
 from clfed.strategies.fedre import FedRE, FedRETraining
+from clfed.strategies.training import TrainingStrategy
 
 WIDTH = 6
 POOL = [{"_target_": "clfed.backbones.MLP", "widths": [w]} for w in (5, 12)]

@@ -21,7 +21,7 @@ from clfed.errors import (
     NotEnoughData,
     UnknownClass,
 )
-from clfed.evaluation.leakage import difference, differencing, held_back, label_recovery
+from clfed.evaluation.leakage import difference, differencing, label_recovery
 from clfed.evaluation.leakage_gradients import (
     draw_masks,
     gradient_inversion,
@@ -31,6 +31,7 @@ from clfed.evaluation.leakage_gradients import (
 )
 from clfed.evaluation.leakage_images import inversion, psnr, train_decoder
 from clfed.federated.wire import decode_contribution, encode_contribution
+from clfed.privacy.minimum_count import held_back
 from clfed.privacy.noise import integer_gaussian
 from clfed.prototypes import Contribution, PrototypeMemory
 from clfed.prototypes.fixed_point import RESOLUTION, SCALE

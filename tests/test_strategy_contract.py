@@ -18,7 +18,7 @@ from clfed.federated.client_app import app
 from clfed.federated.grid import LocalGrid
 from clfed.federated.wire import record_bytes
 from clfed.jobs import federated, federated_summary
-from clfed.jobs.federated import make_method, state_digest
+from clfed.jobs.method import make_method, method_name, state_digest
 from clfed.jobs.settings import check_federated
 from clfed.learners.fine_tuning import FineTuning
 from clfed.reporting.results import validate
@@ -408,7 +408,7 @@ def chosen(world: Simulation) -> list[tuple[str, ...]]:
 def test_it_says_what_leaves_a_node_and_what_its_file_is_called(tmp_path, name):
     strategy = world_of(tmp_path, name).strategy
     assert isinstance(strategy.leaves, str) and strategy.leaves == strategy.leaves.strip() != ""
-    assert federated.method_name(strategy) == name
+    assert method_name(strategy) == name
 
 
 WRONG = {

@@ -24,18 +24,8 @@ import torch
 from torch import Tensor
 
 from clfed.errors import EmbeddingMismatch, InvalidMessage, NotEnoughData
-from clfed.privacy.minimum_count import held_back
 from clfed.prototypes import PrototypeMemory, read_off
 from clfed.prototypes.fixed_point import RESOLUTION, quantise
-
-__all__ = [
-    "Differencing",
-    "LabelRecovery",
-    "difference",
-    "differencing",
-    "held_back",
-    "label_recovery",
-]
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from clfed.federated.node import briefing
 from clfed.federated.rounds import RoundReport, run_rounds
 from clfed.jobs.embedding_checkpoint import Look, RoundCheckpoint, TrainingState
 from clfed.jobs.embedding_transfer import Replacement, Transfer
-from clfed.jobs.federated import make_method
+from clfed.jobs.method import make_method
 from clfed.jobs.run import Run, open_run, train_encoder
 from clfed.jobs.settings import number, statistics_alone, whole
 from clfed.learners.encoder_files import save_base

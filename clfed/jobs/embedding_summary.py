@@ -10,7 +10,7 @@ from clfed import __version__
 from clfed.federated.field import Field
 from clfed.federated.wire import record_bytes
 from clfed.jobs.embedding import Trained
-from clfed.jobs.federated import method_name, state_digest
+from clfed.jobs.method import method_name, state_digest
 from clfed.jobs.run import Run
 from clfed.reporting.console import console
 from clfed.reporting.figures import accuracy_curves, bytes_curve

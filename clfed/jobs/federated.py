@@ -10,10 +10,9 @@ known with each mission. Test images are never sent anywhere and choose nothing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -29,29 +28,27 @@ from torch import Tensor
 
 from clfed.backbones import Encoder
 from clfed.config import build
-from clfed.errors import ConfigError, FederationError
+from clfed.errors import FederationError
 from clfed.evaluation.judge import Judge, fraction
 from clfed.federated import records
-from clfed.federated.channels import Channel
 from clfed.federated.field import Field, field_settings, open_field
 from clfed.federated.grid import exchange
-from clfed.federated.local_training import open_training
 from clfed.federated.node import briefing
 from clfed.federated.rounds import RoundReport, run_rounds
+from clfed.jobs.method import make_method, method_name
 from clfed.jobs.protection import Protection, rehearse, typical_length
 from clfed.jobs.run import Run, open_run, train_encoder
-from clfed.jobs.settings import check_federated, statistics_alone
+from clfed.jobs.settings import check_federated
 from clfed.prototypes import PrototypeMemory
 from clfed.reporting.progress import progress
 from clfed.seeding import derive_seed
-from clfed.strategies.base import TrainingStrategy
 from clfed.strategies.prototype_averaging import PrototypeAveraging
+from clfed.strategies.training import TrainingStrategy
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 Engine = Callable[..., None]
-Method = PrototypeAveraging | TrainingStrategy[Any]
 
 
 @dataclass
@@ -278,65 +275,10 @@ class Federation:
             rows = torch.from_numpy(np.array(predicted.numpy()))
             number = records.integer(status, "number")
             found[number] = self.judge.right(classes, rows, asked)
+        if len(found) < self.plan.nodes:
+            raise FederationError(
+                f"Expected all {self.plan.nodes} nodes to answer the test images, "
+                f"{len(found)} did.",
+                remedy="Set a larger job.timeout.",
+            )
         return dict(sorted(found.items()))
-
-
-def make_method(
-    config: Mapping[str, Any],
-    encoder: Encoder,
-    *,
-    briefing: Mapping[str, ArrayRecord | ConfigRecord],
-    session: str,
-    nodes: int,
-    channel: Channel | None = None,
-    wrap: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
-) -> Method:
-    """Build the strategy of a configuration.
-
-    Args:
-        config: The resolved configuration as plain dictionaries.
-        encoder: The embedding that everybody starts from.
-        briefing: Records that a node needs once.
-        session: Text that tells this federation from every other one.
-        nodes: Number of nodes.
-        channel: How class statistics get to the server; None: as rows in the open.
-        wrap: Makes of the settings of the half at nodes those of one that protects it.
-
-    Raises:
-        ConfigError: It is no strategy of this job.
-    """
-    common: dict[str, Any] = {"briefing": briefing, "session": session, "nodes": nodes}
-    settings, curriculum = dict(config["strategy"]), config.get("curriculum")
-    if statistics_alone(settings):
-        empty = PrototypeMemory.empty(
-            encoder.dim, encoder.embedding_id, config["memory"]["moments"]
-        )
-        strategy = build(settings, empty=empty, merge=config["merge"], channel=channel, **common)
-    else:
-        if curriculum is not None:
-            settings["local"] = {**settings["local"], "curriculum": curriculum["examples"]}
-            common["curriculum"] = curriculum["nodes"]
-        open_training(settings.get("local"))  # refuses what every node would have to refuse
-        settings["local"] = wrap(settings["local"])
-        strategy = build(settings, encoder=encoder, seed=config["seed"], **common)
-    if not isinstance(strategy, PrototypeAveraging | TrainingStrategy):
-        raise ConfigError(
-            f"{type(strategy).__name__} is no strategy that job=federated can run.",
-            remedy="clfed --help lists the strategies.",
-        )
-    return strategy
-
-
-def method_name(strategy: Method) -> str:
-    """Return the name of a method: a method is one file."""
-    return type(strategy).__module__.rpartition(".")[2]
-
-
-def state_digest(arrays: ArrayRecord) -> str:
-    """Return the SHA-256 (hex) of arrays, their names and types."""
-    digest = hashlib.sha256()
-    for key in sorted(arrays):
-        values = arrays[key].numpy()
-        digest.update(f"{key} {values.dtype} {values.shape}\n".encode())
-        digest.update(np.ascontiguousarray(values).tobytes())
-    return digest.hexdigest()

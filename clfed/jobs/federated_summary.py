@@ -12,7 +12,8 @@ from clfed import __version__
 from clfed.backbones import Encoder
 from clfed.federated.field import Field
 from clfed.federated.wire import record_bytes
-from clfed.jobs.federated import Federation, Look, method_name, state_digest
+from clfed.jobs.federated import Federation, Look
+from clfed.jobs.method import method_name, state_digest
 from clfed.jobs.run import Run
 from clfed.prototypes import PrototypeMemory
 from clfed.reporting.console import console

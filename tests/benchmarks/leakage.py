@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from clfed.backbones.conv4 import Conv4
 from clfed.data import digits, glyphs
-from clfed.evaluation.leakage import difference, differencing, held_back, label_recovery
+from clfed.evaluation.leakage import difference, differencing, label_recovery
 from clfed.evaluation.leakage_gradients import (
     draw_masks,
     gradient_inversion,
@@ -33,6 +33,7 @@ from clfed.evaluation.leakage_gradients import (
 )
 from clfed.evaluation.leakage_images import inversion, train_decoder
 from clfed.privacy.gaussian import gaussian_sigma
+from clfed.privacy.minimum_count import held_back
 from clfed.privacy.noise import integer_gaussian
 from clfed.prototypes import PrototypeMemory
 from clfed.prototypes.fixed_point import SCALE
