@@ -28,22 +28,34 @@ class FedCOF(PrototypeAveraging):
 
     Args:
         empty: The empty memory.
-        shrinkage: :math:`\gamma`, above 0, in squared units of the embedding.
+        shrinkage: :math:`\gamma`, above 0.
+        relative: Whether it is in units of the mean variance that the messages show; else it is in
+            squared units of the embedding, as in the paper, where 1 suits one network and 0.1
+            another.
         options: Of :class:`~clfed.strategies.prototype_averaging.PrototypeAveraging`.
 
     Raises:
         ConfigError: A setting is out of range.
     """
 
-    def __init__(self, empty: PrototypeMemory, *, shrinkage: float = 0.1, **options: Any) -> None:
+    def __init__(
+        self,
+        empty: PrototypeMemory,
+        *,
+        shrinkage: float = 5.0,
+        relative: bool = True,
+        **options: Any,
+    ) -> None:
         check_rates(shrinkage=shrinkage)
+        if not isinstance(relative, bool):
+            raise ConfigError(f"strategy.relative must be true or false, got {relative!r}.")
         if options.get("merge", "pooled") != "pooled":
             raise ConfigError(
                 f"FedCOF needs groups that add up, which merge={options['merge']} does not.",
                 remedy="Leave merge= out.",
             )
         super().__init__(empty, **options)
-        self.shrinkage = shrinkage
+        self.shrinkage, self.relative = shrinkage, relative
         self._parts = [self.ledger.total]
 
     def aggregate_train(
@@ -65,4 +77,6 @@ class FedCOF(PrototypeAveraging):
         # The ledger may also have forgotten something without any message.
         known = grown and sum(later, first) == self.memory
         groups = groups_of(self.memory, self._parts) if known else self.ledger.groups()
-        return message_mean_covariance(self.memory, groups, shrinkage=self.shrinkage)
+        return message_mean_covariance(
+            self.memory, groups, shrinkage=self.shrinkage, relative=self.relative
+        )

@@ -111,13 +111,14 @@ def test_fed3r_is_the_same_however_the_images_are_divided(tmp_path):
 # FedCOF
 
 
-def fedcof(data, groups, shrinkage):
+def fedcof(data, groups, shrinkage=5.0, relative=True):
     """The formula of the paper with loops over groups; ``groups``: embeddings by class each."""
     names = sorted(data)
     everything = np.concatenate([data[name] for name in names])
     dim = everything.shape[1]
     mean = everything.mean(0)
-    matrix = len(everything) * np.outer(mean, mean)
+    matrix = np.zeros((dim, dim))
+    degrees = 0
     for name in names:
         of_class = [group[name] for group in groups if name in group]
         if len(of_class) < 2:
@@ -126,19 +127,26 @@ def fedcof(data, groups, shrinkage):
         spread = np.zeros((dim, dim))
         for z in of_class:
             spread += len(z) * np.outer(z.mean(0) - centre, z.mean(0) - centre)
-        covariance = spread / (len(of_class) - 1) + shrinkage * np.eye(dim)
-        matrix += (len(data[name]) - 1) * covariance
+        matrix += (len(data[name]) - 1) * spread / (len(of_class) - 1)
+        degrees += len(data[name]) - 1
+    variance = np.trace(matrix) / degrees / dim if relative and degrees else 1.0
+    matrix += degrees * shrinkage * variance * np.eye(dim)
+    matrix += len(everything) * np.outer(mean, mean)
     solution = np.linalg.solve(matrix, np.stack([data[name].sum(0) for name in names], axis=1))
     return solution / np.linalg.norm(solution, axis=0)
 
 
-@pytest.mark.parametrize("shrinkage", [1.0, 0.1])
+@pytest.mark.parametrize(("shrinkage", "relative"), [(1.0, False), (0.1, False), (5.0, True)])
 @pytest.mark.parametrize(
     "field", [(*TASKS, "scenario.nodes=4"), (*TASKS, "scenario.tasks=1", "scenario.nodes=6"), AGAIN]
 )
-def test_fedcof_is_its_formula_over_messages(tmp_path, field, shrinkage):
+def test_fedcof_is_its_formula_over_messages(tmp_path, field, shrinkage, relative):
     world = Simulation.of(
-        tmp_path, "strategy=fedcof", f"strategy.shrinkage={shrinkage}", scenario=field
+        tmp_path,
+        "strategy=fedcof",
+        f"strategy.shrinkage={shrinkage}",
+        f"strategy.relative={relative}",
+        scenario=field,
     )
     world.play()
     groups = by_message(world)
@@ -146,7 +154,7 @@ def test_fedcof_is_its_formula_over_messages(tmp_path, field, shrinkage):
         name: np.concatenate([g[name] for g in groups if name in g])
         for name in {name for g in groups for name in g}
     }
-    expected = fedcof(data, groups, shrinkage)
+    expected = fedcof(data, groups, shrinkage, relative)
     weight = world.strategy.classifier().weight.numpy().T
     np.testing.assert_allclose(weight, expected, rtol=1e-6, atol=1e-9)
 
@@ -165,8 +173,8 @@ def test_a_node_that_meets_a_class_again_adds_a_group(tmp_path):
         n: np.concatenate([g[n] for g in groups if n in g]) for n in {n for g in groups for n in g}
     }
     weight = world.strategy.classifier().weight.numpy().T
-    assert np.abs(weight - fedcof(data, groups, 1.0)).max() < 1e-6
-    assert np.abs(weight - fedcof(data, merged, 1.0)).max() > 1e-3
+    assert np.abs(weight - fedcof(data, groups)).max() < 1e-6
+    assert np.abs(weight - fedcof(data, merged)).max() > 1e-3
 
 
 def test_its_covariance_is_unbiased_over_draws_of_groups():
@@ -231,7 +239,7 @@ def test_classes_of_one_group_add_nothing_to_the_scatter():
     deliver(strategy, *messages)
     data = {"a": np.concatenate([m["a"] for m in messages]), "b": messages[0]["b"]}
     weight = strategy.classifier().weight.numpy().T
-    np.testing.assert_allclose(weight, fedcof(data, messages, 1.0), rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(weight, fedcof(data, messages), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("what", ["a contributor", "a class"])
@@ -257,7 +265,7 @@ def test_after_a_deletion_the_groups_are_what_nodes_hold_by_now(tmp_path, what):
     classifier = strategy.classifier()
     assert classifier.classes == tuple(sorted(data))
     np.testing.assert_allclose(
-        classifier.weight.numpy().T, fedcof(data, groups, 1.0), rtol=1e-6, atol=1e-9
+        classifier.weight.numpy().T, fedcof(data, groups), rtol=1e-6, atol=1e-9
     )
     assert before.shape != classifier.weight.shape or not torch.equal(before, classifier.weight)
 
@@ -276,7 +284,7 @@ def test_after_a_node_took_something_back_the_groups_are_what_nodes_hold_by_now(
     groups = [{"a": grid[0]}, {"a": grid[1]}, {"a": kept}]
     data = {"a": np.concatenate([g["a"] for g in groups])}
     weight = strategy.classifier().weight.numpy().T
-    np.testing.assert_allclose(weight, fedcof(data, groups, 1.0), rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(weight, fedcof(data, groups), rtol=1e-7, atol=1e-9)
 
 
 # FedNCM

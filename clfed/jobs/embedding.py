@@ -26,7 +26,7 @@ from flwr.serverapp import Grid
 from omegaconf import OmegaConf
 
 from clfed.backbones import Encoder
-from clfed.config import build
+from clfed.config import build, target
 from clfed.errors import ConfigError
 from clfed.federated.field import Field, field_settings, open_field
 from clfed.federated.node import briefing
@@ -35,7 +35,7 @@ from clfed.jobs.embedding_checkpoint import Look, RoundCheckpoint, TrainingState
 from clfed.jobs.embedding_transfer import Replacement, Transfer
 from clfed.jobs.method import make_method
 from clfed.jobs.run import Run, open_run, train_encoder
-from clfed.jobs.settings import number, statistics_alone, whole
+from clfed.jobs.settings import number, whole
 from clfed.learners.encoder_files import save_base
 from clfed.learners.loop import nearest_mean_accuracy
 from clfed.learners.options import TrainingSummary
@@ -129,8 +129,6 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: Names the first key that does not fit.
     """
-    from hydra.utils import get_object
-
     for key in ("rounds", "validate_every", "attempts"):
         whole(cfg, f"job.{key}", least=1)
     if cfg.job.old is not None:
@@ -147,8 +145,7 @@ def check(cfg: DictConfig) -> None:
         number(cfg, key)
     if not isinstance(cfg.job.resume, bool):
         raise ConfigError(f"job.resume must be true or false, got {cfg.job.resume!r}.")
-    statistics_alone(cfg.strategy)  # refuses what does not exist
-    if get_object(cfg.strategy["_target_"]) not in METHODS:
+    if target(cfg.strategy) not in METHODS:
         raise ConfigError(
             f"job=embedding trains one network for all, got {cfg.strategy['_target_']}.",
             remedy="Choose strategy=fedavg or strategy=fedprox.",

@@ -249,6 +249,7 @@ def message_mean_covariance(
     groups: Groups | None,
     *,
     shrinkage: float = 1.0,
+    relative: bool = False,
     classes: Sequence[str] | None = None,
 ) -> LinearClassifier:
     r"""FedCOF (Goswami et al. 2025, arXiv 2412.14326): covariance from the spread of group means.
@@ -265,6 +266,8 @@ def message_mean_covariance(
         memory: Sum of the groups, any moments.
         groups: Disjoint evidence, for instance ``ContributorLedger.groups()``.
         shrinkage: :math:`\gamma`, positive, in squared units of the embedding.
+        relative: Whether the shrinkage is in units of the mean variance that the groups show, so
+            that it does not depend on the scale of the embedding (own choice).
         classes: Label space; all classes when omitted.
 
     Raises:
@@ -291,9 +294,10 @@ def message_mean_covariance(
     size = groups.counts.double()[:, None]
     deviation = groups.sums.double() / size * RESOLUTION - memory.means()[groups.class_index]
     matrix = (deviation * size * weight[groups.class_index][:, None]).T @ deviation
+    penalty = shrinkage * (matrix.trace() / memory.dim if relative else spread.sum())
     mean = memory.sums.double().sum(0) * RESOLUTION / memory.total_count
     matrix += memory.total_count * torch.outer(mean, mean)
-    matrix.diagonal().add_(shrinkage * spread.sum())
+    matrix.diagonal().add_(penalty)
     rows = unit(solve(matrix, (means * counts[:, None]).T).T)
     return LinearClassifier(names, rows, counts.new_zeros(len(names)))
 

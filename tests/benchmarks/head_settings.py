@@ -21,7 +21,7 @@ from clfed.reporting.tables import markdown_table
 from clfed.seeding import generator
 
 GROUPS = 3
-SHRINKAGES = (0.01, 0.1, 1.0, 10.0)
+SHRINKAGES = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 PENALTIES = (1.0, 10.0, 100.0, 1000.0)
 
 
@@ -56,7 +56,7 @@ def found(experiment, root, seed):
 
     return {
         "fedncm": accuracy("ncm_cosine"),
-        **{f"fedcof {s:g}": accuracy("fedcof", shrinkage=s) for s in SHRINKAGES},
+        **{f"fedcof {s:g}": accuracy("fedcof", shrinkage=s, relative=True) for s in SHRINKAGES},
         **{f"fed3r {p:g}": accuracy("ridge", penalty=p, normalise=True) for p in PENALTIES},
     }
 
