@@ -45,7 +45,6 @@ from clfed.strategies.settings import check_weights
 from clfed.strategies.training import TrainingStrategy
 
 AGGREGATIONS = ("exact", "paper", "code")
-_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -203,7 +202,7 @@ class FedProtoTraining(PersonalTraining):
             scored = torch.unique(network.label(visit.labels))
 
         def drawn(network: FineTuning, images: Tensor, labels: Tensor) -> Tensor:
-            embeddings = network._features(images)
+            embeddings = network.features(images)
             logits = network.head(embeddings)[:, scored]
             loss = F.cross_entropy(logits, torch.searchsorted(scored, labels))
             target = embeddings.detach().clone()
@@ -219,7 +218,7 @@ class FedProtoTraining(PersonalTraining):
         place = {name: row for row, name in enumerate(classes)}
         labels = torch.tensor([place[name] for name in visit.labels], dtype=torch.int64)
         counts = torch.bincount(labels, minlength=len(classes))
-        embeddings = _embed(network, visit.images).double()
+        embeddings = network.embed(visit.images).double()
         sums = embeddings.new_zeros(len(classes), embeddings.shape[1])
         means = sums.index_add_(0, labels, embeddings) / counts[:, None]
         prototypes = {"counts": Array(counts.numpy()), "means": Array(means.float().numpy())}
@@ -233,7 +232,7 @@ class FedProtoTraining(PersonalTraining):
         names, means = _received(request)
         if not names:
             return ("",), torch.zeros(len(images), dtype=torch.int64)
-        embeddings = _embed(self.network(visit, request), images).double()
+        embeddings = self.network(visit, request).embed(images).double()
         centres = means.double()
         return names, (2 * embeddings @ centres.T - centres.square().sum(1)).argmax(1)
 
@@ -243,14 +242,6 @@ def _received(request: RecordDict) -> tuple[list[str], Tensor]:
     names = json.loads(records.text(records.config(request, "round"), "classes"))
     means = records.array(records.arrays(request, "prototypes"), "means").numpy()
     return names, torch.from_numpy(np.array(means))
-
-
-@torch.no_grad()
-def _embed(network: FineTuning, images: Tensor) -> Tensor:
-    """Return the embeddings of images in eval mode, ``(N, D)``."""
-    network.eval()
-    parts = [network._features(batch) for batch in torch.split(images, _BATCH)]
-    return torch.cat([torch.empty(0, network.head.in_features), *parts])
 
 
 def _width(encoder: Encoder, backbones: Sequence[Mapping[str, Any]]) -> int:

@@ -107,9 +107,3 @@ class MappedNetwork(FineTuning):
             for row, name in enumerate(self.classes[had:], had):
                 first = initial_row(self.seed, name, self.head.in_features)
                 self.head.weight[row], self.head.bias[row] = first[:-1], first[-1]
-
-    @torch.no_grad()
-    def embed(self, images: Tensor, batch_size: int = 256) -> Tensor:
-        """Return the mapped embeddings of images in eval mode, ``(N, width)``."""
-        self.eval()
-        return torch.cat([self._features(batch) for batch in torch.split(images, batch_size)])

@@ -93,10 +93,11 @@ class FineTuning(L.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``(B, C, H, W)`` uint8 to logits ``(B, classes)``."""
-        logits: Tensor = self.head(self._features(images))
+        logits: Tensor = self.head(self.features(images))
         return logits
 
-    def _features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
+        """Map images ``(B, C, H, W)`` uint8 to embeddings ``(B, D)``, in the present mode."""
         inputs = self._transform(images)
         if inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
@@ -106,7 +107,7 @@ class FineTuning(L.LightningModule):
     @torch.no_grad()
     def _width(self, encoder: Encoder) -> int:
         """Size of the backbone's output, which a feature map of the encoder may have changed."""
-        return self._features(torch.zeros(1, *encoder.input_shape)).shape[1]
+        return self.features(torch.zeros(1, *encoder.input_shape)).shape[1]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of a batch of images and head rows."""
@@ -163,6 +164,13 @@ class FineTuning(L.LightningModule):
                 "The training diverged: weights are no longer finite numbers.",
                 remedy="Choose a smaller learning rate, and look for images that are not finite.",
             )
+
+    @torch.no_grad()
+    def embed(self, images: Tensor, batch_size: int = 256) -> Tensor:
+        """Return the embeddings of images in eval mode, ``(N, D)``."""
+        self.eval()
+        parts = [self.features(batch) for batch in torch.split(images, batch_size)]
+        return torch.cat(parts) if parts else torch.empty(0, self.head.in_features)
 
     @torch.no_grad()
     def predict(self, images: Tensor, batch_size: int = 256) -> Tensor:

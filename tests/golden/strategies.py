@@ -36,7 +36,9 @@ Within a table everybody starts from the same network, meets the same images of 
 the same missions, and is asked about the same test images, which choose nothing. Seeds draw classes,
 images, missions and initial weights; ± is the sample standard deviation over them. Settings are those
 of `conf/strategy` unless a row says otherwise: the papers' where one machine can afford them, else what
-the YAML says beside them. No setting was chosen by these test images. Published numbers belong to larger
+the YAML says beside them. No setting was chosen by these test images: the penalty of Fed3R and the
+shrinkage of FedCOF are those that suit the validation classes of both photograph data sets
+(`tests/benchmarks/head_settings.py`). Published numbers belong to larger
 networks, more rounds and more images, so these tables order methods under a small budget and say
 nothing about who reproduces whose table.
 
