@@ -16,7 +16,7 @@ from clfed.federated.field import Field, field_settings, open_field
 from clfed.federated.node import briefing
 from clfed.federated.rounds import run_rounds
 from clfed.jobs.method import make_method
-from clfed.jobs.protection import Protection, typical_length
+from clfed.jobs.protection import Protection, public_images
 from clfed.learners.training import initial_backbone
 from clfed.prototypes import PrototypeMemory
 from clfed.seeding import derive_seed
@@ -70,7 +70,7 @@ class Federation:
             field,
             PrototypeMemory.empty(encoder.dim, encoder.embedding_id, cfg.memory.moments),
             session=session,
-            base_norm=lambda: typical_length(field, encoder),
+            public=lambda: encoder.embed(public_images(field)),
         )
         nodes = field.plan.nodes
         strategy = make_method(

@@ -175,7 +175,11 @@ class MissionNode(Node):
         labels = [label for _, part in met for label in part]
         if labels:
             embeddings, norm = torch.cat([z for z, _ in met]), self.privacy.get("clip_norm")
-            embeddings = embeddings if norm is None else clip(embeddings, norm)
+            if norm is not None:
+                centre = self.privacy.get("centre")
+                embeddings = clip(
+                    embeddings, norm, None if centre is None else torch.tensor(centre)
+                )
             self.met = self.met + self.met.observe(embeddings, labels)
         return self.met
 

@@ -36,7 +36,7 @@ from clfed.federated.grid import exchange
 from clfed.federated.node import briefing
 from clfed.federated.rounds import RoundReport, run_rounds
 from clfed.jobs.method import make_method, method_name
-from clfed.jobs.protection import Protection, rehearse, typical_length
+from clfed.jobs.protection import Protection, public_images, rehearse
 from clfed.jobs.run import Run, open_run, train_encoder
 from clfed.jobs.settings import check_federated
 from clfed.prototypes import PrototypeMemory
@@ -159,7 +159,7 @@ class Federation:
             opened,
             PrototypeMemory.empty(encoder.dim, encoder.embedding_id, cfg.memory.moments),
             session=session,
-            base_norm=partial(typical_length, opened, encoder),
+            public=lambda: encoder.embed(public_images(opened)),
         )
         node_settings = {
             "field": settings,

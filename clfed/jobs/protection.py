@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from clfed.backbones import Encoder
 from clfed.errors import ConfigError
 from clfed.federated.channels import Channel, Ground
 from clfed.federated.field import Field
@@ -33,7 +32,7 @@ class Protection:
         opened: The field.
         empty: The empty memory of the embedding.
         session: Text that tells this federation from every other one.
-        base_norm: Gives the median length of the embeddings of public images.
+        public: Gives embeddings of public images, ``(N, D)``; asked where a tier needs them.
 
     Attributes:
         tier: What was chosen.
@@ -50,9 +49,11 @@ class Protection:
         empty: PrototypeMemory,
         *,
         session: str,
-        base_norm: Callable[[], float],
+        public: Callable[[], Tensor],
     ) -> None:
         self.tier = tier(cfg)
+        self._public = public
+        self._centre: Tensor | None = None
         self._classes = tuple(sorted(opened.plan.test.classes))
         self._statistics = statistics_alone(cfg.strategy)
         self.channel = Channel()
@@ -66,11 +67,13 @@ class Protection:
                 cfg.seed,
                 cfg.job.timeout,
             )
-            self.channel = self.tier.channel(ground, base_norm)
+            self.channel = self.tier.channel(ground, self._base_norm)
 
     def node_settings(self) -> dict[str, Any]:
         """Return what a briefing holds for it."""
         found = self.channel.settings()
+        if self._centre is not None:
+            found = {**found, "centre": self._centre.tolist()}
         return {"privacy": found} if found else {}
 
     def local(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +83,16 @@ class Protection:
     def seen(self, embeddings: Tensor) -> Tensor:
         """Return embeddings as those that the statistics are of: clipped where these are."""
         norm = self.channel.settings().get("clip_norm")
-        return embeddings if norm is None else clip(embeddings, norm).float()
+        return embeddings if norm is None else clip(embeddings, norm, self._centre).float()
+
+    def _base_norm(self) -> float:
+        """Take the mean of public embeddings as the origin; return the median distance from it.
+
+        What all embeddings have in common says nothing of anybody, but noise is scaled to it too.
+        """
+        embeddings = self._public()
+        self._centre = embeddings.mean(dim=0)
+        return float((embeddings - self._centre).norm(dim=1).median())
 
     def leaves(self, plainly: str) -> str:
         """Return what leaves a node, in a few words.
@@ -112,7 +124,7 @@ def rehearse(cfg: DictConfig, opened: Field) -> None:
         opened,
         empty,
         session="rehearsal",
-        base_norm=lambda: float(len(public_images(opened)) > 0),
+        public=lambda: torch.eye(2).expand(len(public_images(opened)), 2, 2).flatten(0, 1),
     )
 
 
@@ -142,12 +154,3 @@ def public_images(opened: Field) -> Tensor:
     images = source.train.of_classes(base).images
     # Images come class by class.
     return images[torch.linspace(0, len(images) - 1, min(len(images), BASE_IMAGES)).long()]
-
-
-def typical_length(opened: Field, encoder: Encoder) -> float:
-    """Return the median length of the embeddings of base images, which are public.
-
-    Raises:
-        ConfigError: As :func:`public_images`.
-    """
-    return float(encoder.embed(public_images(opened)).norm(dim=1).median())

@@ -28,8 +28,9 @@ class Bounded(Tier):
         unit: Whose presence is hidden: one example's, or that of a node with all it has.
         epsilon: :math:`\varepsilon` of one release.
         delta: :math:`\delta`.
-        clip_norm: :math:`A`, length that embeddings are shortened to: a number, or ``base`` for
-            the median length of base images, which are public.
+        clip_norm: :math:`A`, length that embeddings are shortened to: a number; or ``base``, where
+            embeddings are first moved so that the mean of base images, which are public, is the
+            origin, and :math:`A` is the median distance of base images from it.
         count_scale: :math:`\lambda` of counts in the unit of embeddings; None: the one with the
             least noise on class means.
         contribution: With ``unit="node"``: a message heavier than so many examples is scaled down

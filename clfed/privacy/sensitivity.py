@@ -148,7 +148,7 @@ class Bounds:
             )
 
 
-def clip(embeddings: Tensor, norm: float) -> Tensor:
+def clip(embeddings: Tensor, norm: float, centre: Tensor | None = None) -> Tensor:
     r"""Shorten embeddings to a norm: :math:`g = f \min(1, A / \|f\|)`, rounded towards zero.
 
     The result consists of multiples of the resolution of the statistics, so observing it rounds
@@ -158,6 +158,7 @@ def clip(embeddings: Tensor, norm: float) -> Tensor:
     Args:
         embeddings: :math:`f`, shape ``(B, D)``, floating point, finite.
         norm: :math:`A`, between the resolution of the statistics and their range.
+        centre: A public point, shape ``(D,)``, that is the origin from here on; None: zero.
 
     Returns:
         Shape ``(B, D)`` float64 on the CPU.
@@ -177,6 +178,7 @@ def clip(embeddings: Tensor, norm: float) -> Tensor:
             f"{tuple(embeddings.shape)}"
         )
     f = embeddings.detach().to(device="cpu", dtype=torch.float64)
+    f = f if centre is None else f - centre.double()
     lengths = torch.linalg.vector_norm(f, dim=1, keepdim=True)
     if not lengths.isfinite().all():
         raise InvalidEmbedding("expected embeddings of finite norm, got NaN, infinity or overflow")

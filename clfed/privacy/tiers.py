@@ -62,7 +62,8 @@ class Tier(ABC):
 
         Args:
             ground: What is public.
-            base_norm: Gives the median length of the embeddings of public images.
+            base_norm: Gives the median length of the embeddings of public images; embeddings are
+                then moved as these are.
 
         Raises:
             ConfigError: The tier does not fit the scenario.
