@@ -38,7 +38,7 @@ def test_smoke_form_runs_on_the_pack(name, packs, tmp_path):
     elif results["job"] == "federated":
         missions = len(results["accuracy_by_mission"])
         assert missions == results["protocol"]["missions"]
-        assert results["steps"][-1]["classes"] == results["protocol"]["classes"]
+        assert 1 < results["steps"][-1]["classes"] <= results["protocol"]["classes"]
         assert results["final"]["bytes"]["up"] > 0
     else:
         phases = len(results["accuracy_matrix"])
