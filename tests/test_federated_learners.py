@@ -9,7 +9,8 @@ from clfed.jobs import reconnaissance
 from clfed.reporting.results import read
 from clfed.reporting.tables import summary_table
 
-NAMES = [name for name, _ in choices("learner") if name != "none"]
+NOTHING_LEARNED = ("none", "from_file")
+NAMES = [name for name, _ in choices("learner") if name not in NOTHING_LEARNED]
 FIELD = [
     "data=digits",
     "data.as_features=true",

@@ -17,7 +17,8 @@ from clfed.learners.training import BaseTraining, make_learner
 from clfed.scenarios.streams import Experience
 from clfed.seeding import generator
 
-LEARNERS = [name for name, _ in choices("learner") if name != "none"]
+NOTHING_LEARNED = ("none", "from_file")
+LEARNERS = [name for name, _ in choices("learner") if name not in NOTHING_LEARNED]
 FAST = TrainerOptions(precision="32", threads=1, loop="fast")
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox")
 WIDTH, SIDE = 16, 8

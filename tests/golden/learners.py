@@ -20,10 +20,10 @@ BEGIN, END = "<!-- table -->\n", "\n<!-- end of table -->"
 def rows():
     """One row a learner, in alphabetical order."""
     for name, sentence in choices("learner"):
-        if name == "none":
-            continue
         settings = dict(BaseTraining.from_config(compose([f"learner={name}"])).learner)
-        cls = get_class(settings.pop("_target_"))
+        if (target := settings.pop("_target_", None)) is None:
+            continue
+        cls = get_class(target)
         with initialisation(0, "table"):
             learner = cls(MLP(4, 0, (4,)), Transform((), ()), dim=4, seed=0, **settings)
         buffer = learner.buffer
