@@ -30,8 +30,8 @@ def test_memory_of_a_large_array_is_seen_although_it_is_gone_at_the_end():
 def test_what_was_there_before_does_not_count_and_each_block_starts_again():
     kept = fill(100)
     with Gauge() as measured:
-        fill(30)
-    assert 25 * MEGABYTE < measured.peak < 60 * MEGABYTE
+        fill(64)  # smaller blocks may be served from what the process has kept
+    assert 59 * MEGABYTE < measured.peak < 94 * MEGABYTE
     with Gauge() as measured:
         pass
     assert 0 <= measured.peak < 10 * MEGABYTE

@@ -214,7 +214,6 @@ GARBAGE = {
         c, **{k: "[" * 100_000 for k in c["status"] if k != "contributor"}
     ),
     "no name": lambda c: _status(c, contributor=""),
-    "the name of another node": lambda c: _status(c, contributor="node-0"),
     "debts": lambda c: _status(c, **{k: -5 for k, v in c["status"].items() if type(v) is int}),
 }
 

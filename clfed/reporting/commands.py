@@ -16,8 +16,8 @@ GROUPS = (
     *("data", "scenario", "backbone", "learner", "trainer", "strategy", "curriculum", "privacy"),
     *("engine", "forget", "unlearner"),
 )
-#: The group that a job compares; of the others it is the learner.
-COMPARED = {"federated": "strategy", "unlearning": "unlearner"}
+#: The group that a job compares; of the others it is the unlearner, or the learner without one.
+COMPARED = {"federated": "strategy"}
 #: Where a run writes, and who watches it; and smoke settings, which are merged in by then.
 ASIDE = ("seed", "run_dir", "cache_dir", "overwrite", "logger", "smoke", "when_smoke")
 _BARE = re.compile(r"(?:\.{0,2}/)?[A-Za-z_][\w./-]*")
@@ -69,6 +69,8 @@ def recipe(config: Mapping[str, Any]) -> Recipe:
         if not re.fullmatch(r"~\w+(\.\w+)?", override)
     ]
     compared = COMPARED.get(config["job"]["name"], "learner")
+    if config.get("unlearner"):
+        compared = "unlearner"
     usual = default.get(compared)
     method = chosen.get(compared) or _name_of(compared, usual)
     if method is None and compared == "strategy":
