@@ -47,6 +47,19 @@ def commands(program):
     return [words[1:] for words in parsed if words and words[0] == program]
 
 
+def swept(text):
+    """The values of a key; Hydra sweeps over commas that stand in no bracket."""
+    parts = [""]
+    depth = 0
+    for letter in text:
+        depth += (letter in "[{(") - (letter in ")}]")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
 def runs(arguments):
     """The override lists of a command line: one for a run; of a sweep so many that each value of
     each key is in one."""
@@ -57,7 +70,7 @@ def runs(arguments):
         return [words]
     words.remove("-m")
     keys = [word.partition("=") for word in words]
-    values = [[f"{key}={value}" for value in values.split(",")] for key, _, values in keys]
+    values = [[f"{key}={value}" for value in swept(values)] for key, _, values in keys]
     longest = max(map(len, values))
     return [[choice[row % len(choice)] for choice in values] for row in range(longest)]
 
