@@ -8,8 +8,8 @@ the sum of the examples that came or went, so that one new example lies open, to
 This holds for forgetting too: exact deletion tells whoever kept the older row what was deleted.
 :func:`difference` takes this guess and :func:`differencing` judges it;
 :func:`~clfed.privacy.minimum_count.held_back` is the weakest defence, to wait until enough examples
-have come. Of pixels speaks
-:mod:`clfed.evaluation.leakage_images`, of gradients :mod:`clfed.evaluation.leakage_gradients`.
+have come. Of pixels speaks :mod:`clfed.evaluation.leakage_images`, of gradients
+:mod:`clfed.evaluation.leakage_gradients`.
 
 An attack that fails is no proof: a stronger one may exist. Only noise with a stated
 :math:`\varepsilon` bounds what any of them learns of one example. What a class looks like is what

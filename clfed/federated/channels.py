@@ -147,6 +147,15 @@ class NoisedTotal:
         """Return what so many missions have spent."""
         return self.mechanism.account(missions, self._exposure, pooled=self._pooled)
 
+    def settings(self, send: str) -> dict[str, Any]:
+        """Return how nodes clip, the noise that they add, and how they tell it."""
+        mechanism = self.mechanism
+        return {
+            "send": send,
+            "clip_norm": mechanism.bounds.clip_norm,
+            "mechanism": mechanism.settings(),
+        }
+
 
 class TrustedNoise(Channel):
     """Rows in the open to a server that adds noise once a mission, before anybody else sees them.
@@ -222,12 +231,7 @@ class NoisedTables(Channel):
 
     def settings(self) -> dict[str, Any]:
         """Return how nodes clip, and the noise that they add."""
-        mechanism = self.total.mechanism
-        return {
-            "send": "releases",
-            "clip_norm": mechanism.bounds.clip_norm,
-            "mechanism": mechanism.settings(),
-        }
+        return self.total.settings("releases")
 
     def entries(self, contributor: str) -> dict[str, int]:
         """Return the number of the newest table that has come."""

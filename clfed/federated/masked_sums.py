@@ -145,12 +145,7 @@ class NoisedSums(MaskedSums):
 
     def settings(self) -> dict[str, Any]:
         """Return how nodes clip, and the noise of the whole sum."""
-        mechanism = self.total.mechanism
-        return {
-            "send": "sums",
-            "clip_norm": mechanism.bounds.clip_norm,
-            "mechanism": mechanism.settings(),
-        }
+        return self.total.settings("sums")
 
     def account(self, missions: int) -> GaussianAccount:
         """Return what so many missions have spent."""

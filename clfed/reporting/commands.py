@@ -16,8 +16,6 @@ GROUPS = (
     *("data", "scenario", "backbone", "learner", "trainer", "strategy", "curriculum", "privacy"),
     *("engine", "forget", "unlearner"),
 )
-#: The group that a job compares; of the others it is the unlearner, or the learner without one.
-COMPARED = {"federated": "strategy"}
 #: Where a run writes, and who watches it; and smoke settings, which are merged in by then.
 ASIDE = ("seed", "run_dir", "cache_dir", "overwrite", "logger", "smoke", "when_smoke")
 _BARE = re.compile(r"(?:\.{0,2}/)?[A-Za-z_][\w./-]*")
@@ -68,7 +66,7 @@ def recipe(config: Mapping[str, Any]) -> Recipe:
         # A setting that the run did not know, because it is newer, keeps its default.
         if not re.fullmatch(r"~\w+(\.\w+)?", override)
     ]
-    compared = COMPARED.get(config["job"]["name"], "learner")
+    compared = "strategy" if config["job"]["name"] == "federated" else "learner"
     if config.get("unlearner"):
         compared = "unlearner"
     usual = default.get(compared)

@@ -38,7 +38,9 @@ images, missions and initial weights; ± is the sample standard deviation over t
 of `conf/strategy` unless a row says otherwise: the papers' where one machine can afford them, else what
 the YAML says beside them. No setting was chosen by these test images: the penalty of Fed3R and the
 shrinkage of FedCOF are those that suit the validation classes of both photograph data sets
-(`tests/benchmarks/head_settings.py`). Published numbers belong to larger
+(`tests/benchmarks/head_settings.py`). Three designs were changed after a look at such a table, though:
+that shrinkage became relative to the variance, noise is drawn around the mean of public images, and
+`fedre_cifar10` got 500 images a class instead of 150. Published numbers belong to larger
 networks, more rounds and more images, so these tables order methods under a small budget and say
 nothing about who reproduces whose table.
 
