@@ -605,3 +605,24 @@ def test_the_results_say_what_was_spent(tmp_path):
     spent = [step["epsilon"] for step in results["steps"]]
     assert spent[0] < spent[1] < spent[2] == method["epsilon"] and method["delta"] == 1e-5
     assert isinstance(build(compose(["privacy=noise"]).privacy), Noise)
+
+
+def test_base_embeddings_are_the_origin_and_give_the_norm(tmp_path):
+    bases = ("data.base_classes=4", "privacy=noise", "privacy.where=server", "privacy.epsilon=1e6")
+    world = Federation.of(tmp_path, *bases)
+    source = world.field.benchmark
+    public = source.train.of_classes(source.groups["base"]).images.double().numpy()
+    centre = public.mean(0)
+    limit = np.median(np.linalg.norm(public - centre, axis=1))
+    sums, counts = {}, Counter()
+    for node in range(world.field.plan.nodes):
+        for z, name in zip(*world.met(node, 1), strict=True):
+            moved = z.double().numpy() - centre
+            sums[name] = sums.get(name, 0) + moved * min(1.0, limit / np.linalg.norm(moved))
+            counts[name] += 1
+    memory = world.play(1)
+    assert set(memory.classes) == set(sums)
+    for name, mean in zip(memory.classes, memory.means().numpy(), strict=True):
+        np.testing.assert_allclose(mean, sums[name] / counts[name], atol=0.05 * limit)
+    far = torch.from_numpy(centre + 3 * limit * np.eye(len(centre))[0])[None].float()
+    assert abs(float(world.protection.seen(far).norm()) - limit) < 1e-3 * limit
