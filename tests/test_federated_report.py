@@ -202,6 +202,83 @@ def test_results_that_do_not_say_enough_are_left_out(name, tmp_path):
     assert "expected the method" in sentence and str(tmp_path / "broken") in sentence
 
 
+# --- embeddings that a federation has trained ---------------------------------------------------
+
+WAYS = {"before": 0.8, "recomputed": 0.9, "carried": 0.85, "moved": 0.75, "stale": 0.5}
+
+
+def embedding(reached=0.9, seed=0, replaced=True, name="fedavg", **protocol):
+    """What the embedding job writes."""
+    found = method(name, seed=seed)
+    del found["accuracy_by_mission"], found["final"]["forgetting"]
+    found["job"] = "embedding"
+    found["protocol"] |= protocol
+    found["final"]["accuracy"] = {"validation": reached}
+    if replaced:
+        found["replacement"] = {"accuracy": dict(WAYS)}
+    validate(found)
+    return found
+
+
+def test_embeddings_have_a_row_a_method_with_what_became_of_older_prototypes(tmp_path):
+    for seed, reached in enumerate((0.90, 0.94)):
+        write(tmp_path / f"a{seed}", embedding(reached, seed=seed))
+    write(tmp_path / "b", embedding(0.95, name="fedprox", replaced=False))
+    text = text_of(tmp_path)
+    assert "## Table 1: embedding, split" in text
+    first, second = rows_of(text)
+    assert second == {
+        "method": "fedavg",
+        "accuracy %": f"92.00 ± {statistics.stdev([90, 94]):.2f}",
+        **{f"{way} %": f"{100 * value:.2f} ± 0.00" for way, value in WAYS.items()},
+        "kB up": "2.0",
+        "kB down": "2.5",
+        "node seconds": "3.5",
+        "peak MB": "20",
+        "what leaves a node": LEAVES,
+        "seeds": "0, 1",
+    }
+    assert first["method"] == "fedprox" and first["before %"] == first["stale %"] == "-"
+    assert "validation classes" in text and "carried: nodes without images" in text
+
+
+def test_an_embedding_without_validation_classes_has_no_accuracy(tmp_path):
+    found = embedding(replaced=False)
+    found["final"]["accuracy"] = {}
+    write(tmp_path / "a", found)
+    (row,) = rows_of(text_of(tmp_path))
+    assert row["accuracy %"] == "-" and row["kB up"] == "1.5"
+
+
+def test_how_the_first_round_was_reached_divides_embeddings(tmp_path):
+    for name in ("protonet", "cross_entropy"):
+        config = compose(["job=embedding", "strategy=fedavg", f"learner={name}"])
+        write(tmp_path / "trained" / name, embedding(learner=name[0]), config)
+        write(tmp_path / "untrained" / name, embedding(learner="none"), config)
+    assert "2 tables" in text_of(tmp_path / "trained")
+    assert "1 table," in text_of(tmp_path / "untrained")
+
+
+BROKEN_EMBEDDINGS = {
+    "no method": lambda r: r.pop("method"),
+    "a replacement without accuracies": lambda r: r["replacement"].pop("accuracy"),
+    "a replacement in words": lambda r: r.update(replacement="done"),
+    "a way in words": lambda r: r["replacement"]["accuracy"].update(stale="bad"),
+    "no memory": lambda r: r["final"].pop("peak_bytes"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_EMBEDDINGS)
+def test_embeddings_that_do_not_say_enough_are_left_out(name, tmp_path):
+    write(tmp_path / "good", embedding())
+    broken = embedding(seed=1)
+    BROKEN_EMBEDDINGS[name](broken)
+    write(tmp_path / "broken", broken)
+    runs, refused = find_runs([tmp_path])
+    assert [run.seed for run in runs] == [0]
+    assert len(refused) == 1 and str(tmp_path / "broken") in refused[0]
+
+
 # --- commands ---------------------------------------------------------------------------------
 
 

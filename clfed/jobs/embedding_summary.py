@@ -13,6 +13,7 @@ from clfed.jobs.embedding import Trained
 from clfed.jobs.method import method_name, state_digest
 from clfed.jobs.run import Run
 from clfed.reporting.console import console
+from clfed.reporting.federated import REPLACEMENTS
 from clfed.reporting.figures import accuracy_curves, bytes_curve
 from clfed.reporting.metrics import flatten
 from clfed.reporting.results import SCHEMA_VERSION
@@ -21,14 +22,6 @@ from clfed.reporting.tables import console_table
 if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.table import Table
-
-WAYS = {
-    "before": "older prototypes under the older embedding",
-    "recomputed": "every node embeds its images anew",
-    "carried": "nodes without images keep theirs, moved by the others' drift statistics",
-    "moved": "all prototypes moved by drift statistics",
-    "stale": "older prototypes under the present embedding, unchanged",
-}
 
 
 def report(
@@ -144,8 +137,8 @@ def tables(results: dict[str, Any]) -> list[Table]:
     found = [console_table(title, ("", "value"), rows, caption)]
     replaced = results.get("replacement")
     if replaced is not None:
-        ways = [(name, f"{replaced['accuracy'][name]:.1%}") for name in WAYS]
-        told = "\n".join(f"{name}: {text}" for name, text in WAYS.items())
+        ways = [(name, f"{replaced['accuracy'][name]:.1%}") for name in REPLACEMENTS]
+        told = "\n".join(f"{name}: {text}" for name, text in REPLACEMENTS.items())
         caption = (
             f"{told}\nnearest class mean on validation classes; the older embedding is that of "
             f"round {replaced['old_round']}; {len(replaced['departed'])} nodes without images; the "

@@ -136,7 +136,7 @@ def learners_chart(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     lines = len(rows) + sum(1.6 if name else 0.4 for name, _ in blocks)
     figure, axes = canvas(
         (WIDE[0], max(WIDE[1], 1.3 + min(0.33 * lines, HIGHEST))),
-        "How many test images are recognised at the end, by learner",
+        "How many images are recognised at the end",
         "accuracy over all classes"
         + (" (whiskers: one standard deviation)" if any(r.get("spread") for r in rows) else ""),
         "",

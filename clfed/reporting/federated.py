@@ -12,12 +12,22 @@ from clfed.reporting.run_groups import Repetitions, each
 
 #: Groups that are wrapped around a method, with the choice that changes nothing.
 AROUND = {"curriculum": "", "privacy": "plain"}
+#: What may become of prototypes when their embedding is replaced.
+REPLACEMENTS = {
+    "before": "older prototypes under the older embedding",
+    "recomputed": "every node embeds its images anew",
+    "carried": "nodes without images keep theirs, moved by the others' drift statistics",
+    "moved": "all prototypes moved by drift statistics",
+    "stale": "older prototypes under the present embedding, unchanged",
+}
 #: Accuracies of runs that were looked at often, with their headings.
 OVER_TIME = {
     "union_last10": "accuracy %, last 10",
     "own_last10": "own %, last 10",
     "own_best": "own %, best",
 }
+
+PEAK = "peak MB: largest memory that the work of one node took"
 
 
 def method_name(method: Mapping[str, Any]) -> str:
@@ -55,13 +65,6 @@ def method_cells(row: Repetitions, label: str) -> dict[str, object]:
         row: Its runs.
         label: What to call it.
     """
-    method = row.runs[0].method
-
-    def final(key: str) -> list[float]:
-        return each(row, lambda results: results["final"][key])
-
-    def sent(way: str) -> list[float]:
-        return each(row, lambda results: results["final"]["bytes"][way] / 1000)
 
     def accuracy(key: str) -> str:
         return percent(each(row, lambda results: results["final"]["accuracy"].get(key)))
@@ -70,13 +73,9 @@ def method_cells(row: Repetitions, label: str) -> dict[str, object]:
         "method": label,
         "accuracy %": accuracy("union"),
         "own %": accuracy("own"),
-        "forgetting %": percent(final("forgetting")),
+        "forgetting %": percent(each(row, lambda results: results["final"]["forgetting"])),
         **{heading: accuracy(key) for key, heading in OVER_TIME.items()},
-        "kB up": number(sent("up"), "{:,.1f}"),
-        "kB down": number(sent("down"), "{:,.1f}"),
-        "node seconds": number(final("node_seconds"), "{:,.1f}"),
-        "peak MB": number([peak / 1e6 for peak in final("peak_bytes")], "{:,.0f}"),
-        "what leaves a node": method["leaves"],
+        **_costs(row),
         "epsilon": number(each(row, lambda results: results["method"].get("epsilon")), "{:.3g}"),
         "seeds": join(row.seeds),
     }
@@ -104,7 +103,7 @@ def explained(rows: Sequence[Repetitions]) -> list[str]:
         "forgetting %: points lost since the best moment, mean over the missions but the last",
         "kB, node seconds: of the whole run, all nodes together; down: with the network, which "
         "each node gets once",
-        "peak MB: largest memory that the work of one node took",
+        PEAK,
     ]
     methods = [run.method for row in rows for run in row.runs]
     if any("union_last10" in run.results["final"]["accuracy"] for row in rows for run in row.runs):
@@ -119,6 +118,70 @@ def explained(rows: Sequence[Repetitions]) -> list[str]:
     if bounds:
         found.append(f"epsilon: of the whole run, {'; '.join(bounds)}; -: no bound")
     return found
+
+
+def validation(row: Repetitions) -> list[float]:
+    """Return the accuracy of an embedding on the validation classes, one value a seed."""
+    return each(row, lambda results: results["final"]["accuracy"].get("validation"))
+
+
+def reached(row: Repetitions) -> float:
+    """Return the mean of :func:`validation`, 0 where there are no validation classes."""
+    return mean(validation(row) or [0.0])
+
+
+def embedding_cells(row: Repetitions, label: str) -> dict[str, object]:
+    """Return the cells of one way to train an embedding by column.
+
+    Args:
+        row: Its runs.
+        label: What to call it.
+    """
+    return {
+        "method": label,
+        "accuracy %": percent(validation(row)),
+        **{f"{way} %": percent(_replaced(row, way)) for way in REPLACEMENTS},
+        **_costs(row),
+        "seeds": join(row.seeds),
+    }
+
+
+def embedding_bars(row: Repetitions, label: str) -> list[dict[str, Any]]:
+    """Return rows of :func:`clfed.reporting.continual.learners_chart`."""
+    named = {"": validation(row)} | {f", {way}": _replaced(row, way) for way in REPLACEMENTS}
+    return [{"learner": label + way, **bar(found)} for way, found in named.items() if found]
+
+
+def embeddings_explained() -> list[str]:
+    """What the columns of :func:`embedding_cells` mean."""
+    ways = "; ".join(f"{way}: {told}" for way, told in REPLACEMENTS.items())
+    return [
+        "accuracy %: images of the validation classes, named by the nearest class mean; they also "
+        "choose the round that is kept",
+        f"when the embedding of an earlier round is replaced by it: {ways}",
+        "kB, node seconds: of the rounds of training, all nodes together",
+        PEAK,
+    ]
+
+
+def _replaced(row: Repetitions, way: str) -> list[float]:
+    return each(row, lambda results: results.get("replacement", {}).get("accuracy", {}).get(way))
+
+
+def _costs(row: Repetitions) -> dict[str, object]:
+    def sent(way: str) -> list[float]:
+        return each(row, lambda results: results["final"]["bytes"][way] / 1000)
+
+    peaks = each(row, lambda results: results["final"]["peak_bytes"])
+    return {
+        "kB up": number(sent("up"), "{:,.1f}"),
+        "kB down": number(sent("down"), "{:,.1f}"),
+        "node seconds": number(
+            each(row, lambda results: results["final"]["node_seconds"]), "{:,.1f}"
+        ),
+        "peak MB": number([peak / 1e6 for peak in peaks], "{:,.0f}"),
+        "what leaves a node": row.runs[0].method["leaves"],
+    }
 
 
 def _choice(group: str, found: Any) -> str | None:

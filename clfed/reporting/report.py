@@ -57,6 +57,7 @@ def tables(runs: Iterable[FinishedRun]) -> list[Table]:
         "continual": _streams,
         "unlearning": _unlearners,
         "federated": _methods,
+        "embedding": _embeddings,
         "reconnaissance": _alternatives,
     }
     return [makers[group[0].results["job"]](group) for group in by_protocol(runs)]
@@ -140,6 +141,15 @@ def _methods(group: Sequence[FinishedRun]) -> Table:
     cells = federated.without_empty([*map(federated.method_cells, rows, labels)])
     bars = [*map(federated.method_bar, rows, labels)]
     return _table(group, rows, cells, bars, marks, federated.explained(rows))
+
+
+def _embeddings(group: Sequence[FinishedRun]) -> Table:
+    """One row for each way to train an embedding in the federation, the most accurate one first."""
+    rows = sorted(by_method(group), key=lambda row: (-federated.reached(row), _learner(row)))
+    labels = _labels(rows)
+    bars = [b for pair in zip(rows, labels, strict=True) for b in federated.embedding_bars(*pair)]
+    cells = [*map(federated.embedding_cells, rows, labels)]
+    return _table(group, rows, cells, bars, [], federated.embeddings_explained())
 
 
 def _alternatives(group: Sequence[FinishedRun]) -> Table:

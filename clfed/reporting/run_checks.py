@@ -49,14 +49,10 @@ def _check_unlearning(results: Mapping[str, Any]) -> None:
 
 def _check_federated(results: Mapping[str, Any]) -> None:
     try:
-        method, final = results["method"], results["final"]
-        texts = [method["name"], method["leaves"]]
+        final = results["final"]
         numbers = [final["accuracy"][key] for key in ("union", "own")]
-        numbers += [final["bytes"][key] for key in ("up", "down")] + [final["node_seconds"]]
-        some = [final["forgetting"], final["peak_bytes"], method.get("epsilon")]
-        numbers += [value for value in some if value is not None]
-        sound = isinstance(method["options"], Mapping) and all(map(_is_number, numbers))
-        sound = sound and all(isinstance(text, str) for text in texts)
+        sound = _method_is_sound(results) and all(map(_is_number, numbers))
+        sound = sound and _is_number_or_none(final["forgetting"])
     except (AttributeError, KeyError, TypeError):
         sound = False
     if not sound:
@@ -64,6 +60,37 @@ def _check_federated(results: Mapping[str, Any]) -> None:
             "results.json: expected the method, what leaves a node, and accuracies, forgetting, "
             "bytes, seconds and memory in numbers."
         )
+
+
+def _check_embedding(results: Mapping[str, Any]) -> None:
+    try:
+        found = dict(results["final"]["accuracy"])
+        found |= results["replacement"]["accuracy"] if "replacement" in results else {}
+        sound = _method_is_sound(results) and all(map(_is_number, found.values()))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise RunFolderError(
+            "results.json: expected the method, what leaves a node, and accuracies, bytes, seconds "
+            "and memory in numbers."
+        )
+
+
+def _method_is_sound(results: Mapping[str, Any]) -> bool:
+    """Whether a method and its costs are what they should be; a missing key raises."""
+    method, final = results["method"], results["final"]
+    numbers = [*(final["bytes"][key] for key in ("up", "down")), final["node_seconds"]]
+    texts = [method["name"], method["leaves"]]
+    return (
+        isinstance(method["options"], Mapping)
+        and all(map(_is_number, numbers))
+        and all(map(_is_number_or_none, (final["peak_bytes"], method.get("epsilon"))))
+        and all(isinstance(text, str) for text in texts)
+    )
+
+
+def _is_number_or_none(value: object) -> bool:
+    return value is None or _is_number(value)
 
 
 def _is_number(value: object) -> bool:
@@ -75,4 +102,5 @@ CHECKS = {
     "continual": _check_continual,
     "unlearning": _check_unlearning,
     "federated": _check_federated,
+    "embedding": _check_embedding,
 }

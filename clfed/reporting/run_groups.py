@@ -23,6 +23,7 @@ JOBS = {
     "continual": "learner",
     "unlearning": "unlearner",
     "federated": "method",
+    "embedding": "method",
     "reconnaissance": "",
 }
 #: Keys of a protocol that a repetition changes, or that were measured.
@@ -68,9 +69,12 @@ class FinishedRun:
         found = {k: v for k, v in self.results["protocol"].items() if k not in REPEATED}
         if isinstance(training := found.get("training"), Mapping):
             found["training"] = {k: v for k, v in training.items() if k not in MEASURED}
-        job = self.results["job"]
-        trained = job == "federated" and training is not None
-        if (job == "reconnaissance" or trained) and self.config is not None:
+        trained = {
+            "reconnaissance": True,
+            "federated": training is not None,
+            "embedding": found.get("learner") != "none",
+        }
+        if trained.get(self.results["job"], False) and self.config is not None:
             # How the encoder was made decides as much, and these results do not say it.
             found |= {k: self.config[k] for k in ("backbone", "learner") if k in self.config}
         return found
