@@ -27,6 +27,7 @@ from clfed.federated.networks import load_network
 from clfed.learners.fine_tuning import FineTuning, Loss
 from clfed.strategies.base import Records
 from clfed.strategies.fedavg import FedAvg, FedAvgTraining, Trained
+from clfed.strategies.settings import check_whole
 
 LESSON, TEACHER = "lesson", "teacher"
 
@@ -138,9 +139,21 @@ class DataFreeTraining(FedAvgTraining):
     those of the node's own images alone.
 
     Before the first lesson this is :class:`~clfed.strategies.fedavg.FedAvgTraining`.
+
+    Args:
+        synthetic_batch_size: Made-up inputs a step.
+        options: Of :class:`~clfed.strategies.fedavg.FedAvgTraining`.
+
+    Raises:
+        ConfigError: A setting is out of range.
     """
 
     kept: ClassVar[tuple[str, ...]]
+
+    def __init__(self, *, synthetic_batch_size: int = 64, **options: Any) -> None:
+        super().__init__(**options)
+        check_whole(2, **{"local.synthetic_batch_size": synthetic_batch_size})
+        self.synthetic_batch_size = synthetic_batch_size
 
     def train(self, visit: Visit, request: RecordDict) -> RecordDict:
         """Keep the lesson that came, if any, and train."""

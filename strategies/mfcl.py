@@ -139,8 +139,7 @@ class MFCLTraining(DataFreeTraining):
     Args:
         w_kd: Weight of the distillation of features.
         w_ft: Weight of the cross-entropy that trains the head alone.
-        synthetic_batch_size: Made-up inputs a step.
-        options: Of :class:`~clfed.strategies.fedavg.FedAvgTraining`.
+        options: Of :class:`~clfed.strategies.data_free.DataFreeTraining`.
 
     Raises:
         ConfigError: A setting is out of range.
@@ -148,18 +147,10 @@ class MFCLTraining(DataFreeTraining):
 
     kept: ClassVar[tuple[str, ...]] = (GENERATOR,)
 
-    def __init__(
-        self,
-        *,
-        w_kd: float = 0.1,
-        w_ft: float = 1.0,
-        synthetic_batch_size: int = 32,
-        **options: Any,
-    ) -> None:
+    def __init__(self, *, w_kd: float = 0.1, w_ft: float = 1.0, **options: Any) -> None:
         super().__init__(**options)
         check_weights(**{"local.w_kd": w_kd, "local.w_ft": w_ft})
-        check_whole(2, **{"local.synthetic_batch_size": synthetic_batch_size})
-        self.w_kd, self.w_ft, self.synthetic = w_kd, w_ft, synthetic_batch_size
+        self.w_kd, self.w_ft = w_kd, w_ft
 
     def remembering(self, network: FineTuning, visit: Visit, teacher: FineTuning) -> Loss:
         """Return the sum of the three terms."""
@@ -172,7 +163,7 @@ class MFCLTraining(DataFreeTraining):
 
         def taught(network: FineTuning, images: Tensor, labels: Tensor) -> Tensor:
             with torch.no_grad():
-                drawn = made(torch.randn(self.synthetic, code, generator=rng))
+                drawn = made(torch.randn(self.synthetic_batch_size, code, generator=rng))
                 inputs = torch.cat([transform(images), drawn])
                 if inputs.dim() == 4:
                     inputs = inputs.contiguous(memory_format=torch.channels_last)

@@ -204,8 +204,7 @@ class TARGETTraining(DataFreeTraining):
     Args:
         kd: :math:`\lambda_{kd}`.
         temperature: :math:`T`; as released, the distillation is not multiplied by its square.
-        synthetic_batch_size: Made-up images a step.
-        options: Of :class:`~clfed.strategies.fedavg.FedAvgTraining`.
+        options: Of :class:`~clfed.strategies.data_free.DataFreeTraining`.
 
     Raises:
         ConfigError: A setting is out of range.
@@ -213,29 +212,21 @@ class TARGETTraining(DataFreeTraining):
 
     kept: ClassVar[tuple[str, ...]] = (IMAGES,)
 
-    def __init__(
-        self,
-        *,
-        kd: float = 25.0,
-        temperature: float = 2.0,
-        synthetic_batch_size: int = 64,
-        **options: Any,
-    ) -> None:
+    def __init__(self, *, kd: float = 25.0, temperature: float = 2.0, **options: Any) -> None:
         super().__init__(**options)
         check_weights(**{"local.kd": kd})
         check_rates(**{"local.temperature": temperature})
-        check_whole(2, **{"local.synthetic_batch_size": synthetic_batch_size})
-        self.kd, self.temperature, self.synthetic = kd, temperature, synthetic_batch_size
+        self.kd, self.temperature = kd, temperature
 
     def remembering(self, network: FineTuning, visit: Visit, teacher: FineTuning) -> Loss:
         """Return cross-entropy over current classes with distillation of old ones."""
         made = records.arrays(visit.state, IMAGES)
         images = torch.from_numpy(records.array(made, IMAGES).numpy().copy())
         current, old = self.current(network, visit, teacher), network.label(teacher.classes)
-        rng = visit.rng("synthetic")
+        rng, count = visit.rng("synthetic"), self.synthetic_batch_size
 
         def taught(network: FineTuning, real: Tensor, labels: Tensor) -> Tensor:
-            drawn = images[torch.randperm(len(images), generator=rng)[: self.synthetic]]
+            drawn = images[torch.randperm(len(images), generator=rng)[:count]]
             with torch.no_grad():
                 before = teacher(drawn)
             new = F.cross_entropy(network(real)[:, current], torch.searchsorted(current, labels))
