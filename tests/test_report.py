@@ -335,7 +335,7 @@ def test_broken_and_foreign_folders_are_counted_with_a_sentence_each(tmp_path, c
     lines = text.split("## Left out")[1].strip().splitlines()[2:]
     assert len(lines) == 9 and all(line.endswith(".") for line in lines)
     assert any("job=draw has no table" in line for line in lines)
-    assert "Left out: 9 folders" in capsys.readouterr().out
+    assert "Runs: 1; folders left out: 9." in capsys.readouterr().out
 
 
 def test_folders_that_overlap_count_once_and_output_can_lie_elsewhere(tmp_path):

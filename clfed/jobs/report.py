@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from clfed.errors import ConfigError, RunFolderError
 from clfed.reporting.console import console
 from clfed.reporting.report import Table, markdown, tables
+from clfed.reporting.report_console import console_tables
 from clfed.reporting.run_folder import write_atomic
 from clfed.reporting.run_groups import find_runs
 
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> Path:
-    """Print one table for each protocol and write ``report.md`` and ``report.png``.
+    """Write ``report.md`` and ``report.png``, and print what fits of each protocol's table.
 
     Where there are other tables, those of unlearners are drawn in ``unlearning.png`` and those of
     federated methods in ``federated.png``.
@@ -34,8 +35,6 @@ def run(cfg: DictConfig) -> Path:
         ConfigError: ``job.runs`` or ``job.output`` is no list of folders, or no folder.
         RunFolderError: There are no finished runs, or the report cannot be written.
     """
-    from rich.markdown import Markdown
-
     folders, output = _folders(cfg)
     runs, refused = find_runs(folders)
     for sentence in refused:
@@ -51,9 +50,15 @@ def run(cfg: DictConfig) -> Path:
         ) from error
     write_atomic(output / "report.md", text.encode())
     figures = _draw(found, output)
-    console().print(Markdown(text))
+    for table in console_tables(found, console().width):
+        console().print(table)
     places = " and ".join(map(str, [output / "report.md", *figures]))
-    console().print(f"This is in {places}", markup=False)
+    console().print(
+        f"Runs: {len(runs)}; folders left out: {len(refused)}. Protocols, commands and all columns "
+        f"are in {places}",
+        markup=False,
+        soft_wrap=True,
+    )
     return output
 
 
