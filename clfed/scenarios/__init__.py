@@ -4,15 +4,10 @@ from clfed.scenarios.base_shares import base_shares
 from clfed.scenarios.dirichlet import dirichlet
 from clfed.scenarios.domains import permuted, rotated
 from clfed.scenarios.few_shot import few_shot
-from clfed.scenarios.missions import (
-    Mission,
-    MissionPlan,
-    class_incremental,
-    expected_coverage,
-    multi_client,
-)
+from clfed.scenarios.missions import Mission, MissionPlan
 from clfed.scenarios.online import online
 from clfed.scenarios.power_law import power_law, rehearsal_probabilities
+from clfed.scenarios.reconnaissance import class_incremental, expected_coverage, multi_client
 from clfed.scenarios.split import split
 from clfed.scenarios.streams import Experience, Setting, Stream
 
