@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -17,18 +16,16 @@ from clfed.errors import ConfigError, FederationError, InvalidMessage
 from clfed.federated import records
 from clfed.federated.grid import exchange
 from clfed.learners.curricula import NodeCurriculum, Turns
-from clfed.prototypes.contribution import check_contributor
 from clfed.seeding import generator
 from clfed.strategies.base import Records, TrainOnly
+from clfed.strategies.senders import Senders
 from clfed.strategies.settings import check_whole
 
 if TYPE_CHECKING:
     from clfed.backbones import Encoder
     from clfed.learners.fine_tuning import FineTuning
 
-logger = logging.getLogger(__name__)
 Found = TypeVar("Found")
-Part = TypeVar("Part")
 
 
 class TrainingStrategy(TrainOnly, Generic[Found]):
@@ -87,9 +84,7 @@ class TrainingStrategy(TrainOnly, Generic[Found]):
             "local": records.config_record(json=json.dumps(dict(local)))
         }
         self._first |= dict(briefing or {})
-        self._briefed: set[int] = set()
-        self._names: dict[int, str] = {}
-        self._holder: dict[str, int] = {}
+        self._senders = Senders()
 
     @abstractmethod
     def arrays(self) -> ArrayRecord:
@@ -178,7 +173,7 @@ class TrainingStrategy(TrainOnly, Generic[Found]):
         messages = []
         for node in ids:
             content = RecordDict({**shared, "round": head})
-            if node not in self._briefed:
+            if node not in self._senders.briefed:
                 content.update(self._first)
             messages.append(Message(content, dst_node_id=node, message_type=kind))
         return messages
@@ -213,7 +208,7 @@ class TrainingStrategy(TrainOnly, Generic[Found]):
         """Return the names of nodes by id; those that are not known yet are asked."""
         ids = list(ids)
         head = self.head(server_round, config)
-        unknown = [node for node in ids if node not in self._names]
+        unknown = [node for node in ids if node not in self._senders.names]
         asked = [
             Message(
                 RecordDict({**self._first, "round": head}),
@@ -223,8 +218,8 @@ class TrainingStrategy(TrainOnly, Generic[Found]):
             for node in unknown
         ]
         if asked:
-            self._gathered(server_round, exchange(grid, asked, timeout=self.wait), _sender)
-        return {node: self._names[node] for node in ids if node in self._names}
+            self._senders.gathered(server_round, exchange(grid, asked, timeout=self.wait), _sender)
+        return {node: self._senders.names[node] for node in ids if node in self._senders.names}
 
     def _hard(
         self,
@@ -240,7 +235,7 @@ class TrainingStrategy(TrainOnly, Generic[Found]):
             kind = f"{MessageType.QUERY}.score"
             messages = self.requests(server_round, arrays, config, ids, kind)
             replies = exchange(grid, messages, timeout=self.wait)
-            found = self._gathered(server_round, replies, _score)
+            found = self._senders.gathered(server_round, replies, _score)
         else:
             named = self.introduced(server_round, ids, config, grid)
             found = {name: (node, 0.0) for node, name in named.items()}
@@ -255,65 +250,10 @@ class TrainingStrategy(TrainOnly, Generic[Found]):
 
         A reply that is an error or breaks a rule is logged and left out.
         """
-        found = self._gathered(
+        found = self._senders.gathered(
             server_round, replies, lambda name, reply: self.read(name, reply.content)
         )
         return self.merge(server_round, found) if found else (None, None)
-
-    def _gathered(
-        self,
-        server_round: int,
-        replies: Iterable[Message],
-        read: Callable[[str, Message], Part | None],
-    ) -> dict[str, Part]:
-        """Return what is in replies by who sent it; one that breaks a rule is left out.
-
-        Of several nodes under one name only the one that had it before counts, if any did: which
-        reply came first says nothing.
-        """
-        claims: dict[str, dict[int, Part | None]] = {}
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            try:
-                name = self._taken(reply)
-                part = None if name is None else read(name, reply)
-            except InvalidMessage as error:
-                logger.warning("Round %d: left out node id %d: %s", server_round, node, error)
-                continue
-            if name is not None:
-                claims.setdefault(name, {})[node] = part
-        found: dict[str, Part] = {}
-        for name, parts in claims.items():
-            holder = next(iter(parts)) if len(parts) == 1 else self._holder.get(name, -1)
-            if len(parts) > 1:
-                logger.warning(
-                    "Round %d: %d nodes call themselves %r", server_round, len(parts), name
-                )
-            if holder in parts:
-                self._holder[name] = holder
-            if (part := parts.get(holder)) is not None:
-                found[name] = part
-        # Floating point sums depend on their order, and node ids are random in some engines.
-        return dict(sorted(found.items()))
-
-    def _taken(self, reply: Message) -> str | None:
-        """Return who sent a reply, None where the node must be briefed again.
-
-        Raises:
-            InvalidMessage: The node reports an error, or the reply does not say who sent it.
-        """
-        node = reply.metadata.src_node_id
-        if reply.has_error():
-            raise InvalidMessage(str(reply.error.reason))
-        status = records.config(reply.content, "status")
-        if status.get("needs-briefing"):
-            self._briefed.discard(node)
-            return None
-        name = records.text(status, "contributor")
-        check_contributor(name)
-        self._briefed.add(node)
-        self._names[node] = name
-        return name
 
 
 def _sender(name: str, reply: Message) -> int:
