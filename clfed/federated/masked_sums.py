@@ -15,7 +15,8 @@ from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
 from clfed.errors import FederationError, InvalidMessage
-from clfed.federated.channels import Channel, Ground, NoisedTotal
+from clfed.federated.channels import Channel, Ground
+from clfed.federated.noised_channels import NoisedTotal
 from clfed.privacy.accountant import GaussianAccount
 from clfed.privacy.mechanism import Mechanism
 from clfed.privacy.release import SlotTable
@@ -121,7 +122,7 @@ class NoisedSums(MaskedSums):
     Args:
         mechanism: The noise.
         ground: What is public.
-        mistakes: As in :class:`~clfed.federated.channels.NoisedTotal`.
+        mistakes: As in :class:`~clfed.federated.noised_channels.NoisedTotal`.
         threshold: As in :class:`MaskedSums`.
     """
 

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from clfed.errors import ConfigError
-from clfed.federated.channels import Channel, Ground, NoisedTables, TrustedNoise
+from clfed.federated.channels import Channel, Ground
 from clfed.federated.masked_sums import NoisedSums
+from clfed.federated.noised_channels import NoisedTables, TrustedNoise
 from clfed.privacy.accountant import GaussianAccount
 from clfed.privacy.gaussian import check_delta, check_positive, gaussian_sigma
 from clfed.privacy.mechanism import Mechanism, Unit
