@@ -62,7 +62,9 @@ class FedRE(TrainingStrategy[Entangled]):
     Args:
         encoder: The network that nodes start from, unless they have architectures of their own.
         width: Common size of embeddings.
-        lr: Learning rate of the head's gradient descent, one pass over the nodes a round.
+        lr: Learning rate of the head's gradient descent, one pass over the nodes a round. A step
+            moves outputs in proportion to the squared length of embeddings, so long ones need a
+            small rate.
         batch_size: Nodes a step; the loss is summed over them, not averaged.
         options: Of :class:`~clfed.strategies.training.TrainingStrategy`.
 
@@ -81,7 +83,7 @@ class FedRE(TrainingStrategy[Entangled]):
         encoder: Encoder,
         *,
         width: int = 512,
-        lr: float = 0.01,
+        lr: float = 0.001,
         batch_size: int = 32,
         **options: Any,
     ) -> None:
