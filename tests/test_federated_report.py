@@ -362,6 +362,24 @@ def test_the_figure_shows_accuracy_against_bytes(monkeypatch):
     assert bars[:, 1].tolist() == pytest.approx([0.85, 0.95])
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "spread", "own", "ends"),
+    [
+        (0.14, 0.02, 0.16, (0.2, 0.2)),
+        (0.25, 0.03, 0.79, (0.8, 0.3)),
+        (0.29, 0.05, 0.3, (0.4, 0.4)),
+        (0.99, 0.05, 0.9, (1.0, 1.0)),
+        (0.0, None, 0.0, (0.1, 0.1)),
+    ],
+)
+def test_axes_of_accuracies_begin_at_zero_and_end_above_all(
+    accuracy, spread, own, ends, monkeypatch
+):
+    row = {"method": "a", "accuracy": accuracy, "spread": spread, "own": own, "bytes": 10}
+    left, right = drawn([row], monkeypatch).axes
+    assert (left.get_xlim(), right.get_ylim()) == ((0.0, ends[0]), (0.0, ends[1]))
+
+
 def test_each_table_has_a_pair_of_panels(monkeypatch):
     rows = [{**row, "group": group} for group in ("Table 1", "Table 2") for row in BARS]
     figure = drawn(rows, monkeypatch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -14,6 +15,7 @@ from clfed.reporting.canvas import GREY, GRID, INK, blank, dress, save, style
 from clfed.reporting.maps import label_points
 
 WIDE = (10.0, 4.8)  # inches: 1500 x 720 pixels
+WHOLE = [1, 2, 5, 10]  # ticks at whole percentages
 HIGHEST = 200  # inches of rows; an image of more than 65536 pixels cannot be written
 
 
@@ -66,8 +68,8 @@ def _accuracies(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(color=GRID, lw=0.8, axis="both")
-    axes.set_xlim(0, 1)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlim(0, _highest(rows, "own"))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=WHOLE))
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
@@ -86,7 +88,8 @@ def _costs(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xlim(min(sent) / 4, max(sent) * 4)  # at least one power of ten is between
     axes.xaxis.set_major_formatter(EngFormatter("B"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(0, 1)
+    axes.set_ylim(0, _highest(rows))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=WHOLE))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
@@ -102,6 +105,14 @@ def _look(colour: str, marker: str) -> dict[str, Any]:
         "clip_on": False,
         "zorder": 4,
     }
+
+
+def _highest(rows: Sequence[Mapping[str, Any]], *further: str) -> float:
+    """Where an axis of accuracies ends that begins at 0: at the next tenth above all of them."""
+    tops = [row["accuracy"] + (row.get("spread") or 0.0) for row in rows]
+    tops += [row[key] for row in rows for key in further]
+    tenths: int = math.ceil(10 * max(tops))
+    return min(1.0, max(1, tenths) / 10)
 
 
 def _sent(row: Mapping[str, Any]) -> float:
