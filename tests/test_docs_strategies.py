@@ -89,9 +89,11 @@ def test_the_results_page_is_made_from_runs(tmp_path):
     text = (tmp_path / "federated_results.md").read_text(encoding="utf-8")
     headings = re.findall(r"^## (.*)", text, re.MULTILINE)
     assert headings == ["`experiment=federated_cifar100`", "others"]
-    assert "/some/where" not in text and text.count("data.root=PATH") == 3
+    assert "/some/where" not in text
+    made = text[text.index("\n## ") :]
+    assert made.count("data.root=PATH") == 2
     assert "| fedncm | 80.00 ± 0.00 |" in text and "which choose nothing" in text
     for link in re.findall(r"\]\((images/[^)]+)\)", text):
         assert (tmp_path / link).read_bytes().startswith(b"\x89PNG")
-    (line, _) = re.findall(r"^clfed .*", text, re.MULTILINE)
+    (line, _) = re.findall(r"^clfed .*", made, re.MULTILINE)
     assert line.endswith("strategy=fedncm,fedavg seed=0,1")

@@ -39,12 +39,17 @@ of `conf/strategy` unless a row says otherwise: the papers' where one machine ca
 the YAML says beside them. No setting was chosen by these test images: the penalty of Fed3R and the
 shrinkage of FedCOF are those that suit the validation classes of both photograph data sets
 (`tests/benchmarks/head_settings.py`), and the learning rate of FedRE's head, the smaller one of the
-paper's two, is the one that suits Fashion-MNIST. Four designs were changed after a look at such a
-table, though: that shrinkage became relative to the variance, noise is drawn around the mean of public
-images, FedRE's head learned at 0.01 before, and `fedre_cifar10` began with 150 images a class, then had
-500 and 48 rounds, and now takes all images that there are and the paper's 100 rounds. Published
-numbers belong to larger networks, more rounds and more images, so these tables order methods under a
-small budget and say nothing about who reproduces whose table.
+paper's two, is the one that suits Fashion-MNIST (94.7 ± 0.7 % against 93.1 ± 0.5 % on what is like a
+node's own, the first command below). Four designs were changed after a look at such a table, though:
+that shrinkage became relative to the variance, noise is drawn around the mean of public images, FedRE's
+head learned at 0.01 before, and `fedre_cifar10` began with 150 images a class, then had 500 and 48
+rounds, and now takes all images that there are and the paper's 100 rounds. Published numbers belong to
+larger networks, more rounds and more images, so these tables order methods under a small budget and say
+nothing about who reproduces whose table.
+
+```sh
+clfed -m experiment=fedre_cifar10 data=fashion_mnist data.root=PATH strategy.lr=0.01,0.001 strategy.rounds_per_mission=48 scenario.train_images=500 scenario.test_images=100 seed=0,1,2
+```
 
 Bytes are those of the messages' records. Node seconds and memory were taken with other work on the same
 machine: they tell orders of magnitude. Columns and methods are explained in [strategies.md](strategies.md).
