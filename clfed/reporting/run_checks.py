@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from clfed.errors import RunFolderError
+
+Numbers = Sequence[object]
 
 
 def _check_continual(results: Mapping[str, Any]) -> None:
@@ -47,50 +50,46 @@ def _check_unlearning(results: Mapping[str, Any]) -> None:
         )
 
 
-def _check_federated(results: Mapping[str, Any]) -> None:
+def _federated(results: Mapping[str, Any]) -> tuple[Numbers, Numbers]:
+    final = results["final"]
+    return [final["accuracy"][key] for key in ("union", "own")], [final["forgetting"]]
+
+
+def _embedding(results: Mapping[str, Any]) -> tuple[Numbers, Numbers]:
+    found = dict(results["final"]["accuracy"])
+    found |= results["replacement"]["accuracy"] if "replacement" in results else {}
+    return [*found.values()], []
+
+
+def _check_method(
+    measured: Callable[[Mapping[str, Any]], tuple[Numbers, Numbers]], results: Mapping[str, Any]
+) -> None:
+    """Refuse results without the method, its costs, or what is measured of it.
+
+    Args:
+        measured: Returns what must be numbers, and what may be None instead.
+        results: Content of ``results.json``.
+    """
     try:
-        final = results["final"]
-        numbers = [final["accuracy"][key] for key in ("union", "own")]
-        sound = _method_is_sound(results) and all(map(_is_number, numbers))
-        sound = sound and _is_number_or_none(final["forgetting"])
-    except (AttributeError, KeyError, TypeError):
-        sound = False
-    if not sound:
-        raise RunFolderError(
-            "results.json: expected the method, what leaves a node, and accuracies, forgetting, "
-            "bytes, seconds and memory in numbers."
+        method, final = results["method"], results["final"]
+        numbers, some = measured(results)
+        numbers = [*numbers, *(final["bytes"][key] for key in ("up", "down"))]
+        numbers += [final["node_seconds"]]
+        some = [*some, final["peak_bytes"], method.get("epsilon")]
+        texts = [method["name"], method["leaves"]]
+        sound = (
+            isinstance(method["options"], Mapping)
+            and all(map(_is_number, numbers))
+            and all(value is None or _is_number(value) for value in some)
+            and all(isinstance(text, str) for text in texts)
         )
-
-
-def _check_embedding(results: Mapping[str, Any]) -> None:
-    try:
-        found = dict(results["final"]["accuracy"])
-        found |= results["replacement"]["accuracy"] if "replacement" in results else {}
-        sound = _method_is_sound(results) and all(map(_is_number, found.values()))
     except (AttributeError, KeyError, TypeError, ValueError):
         sound = False
     if not sound:
         raise RunFolderError(
-            "results.json: expected the method, what leaves a node, and accuracies, bytes, seconds "
-            "and memory in numbers."
+            "results.json: expected the method, what leaves a node, and accuracies, forgetting if "
+            "it is measured, bytes, seconds and memory in numbers."
         )
-
-
-def _method_is_sound(results: Mapping[str, Any]) -> bool:
-    """Whether a method and its costs are what they should be; a missing key raises."""
-    method, final = results["method"], results["final"]
-    numbers = [*(final["bytes"][key] for key in ("up", "down")), final["node_seconds"]]
-    texts = [method["name"], method["leaves"]]
-    return (
-        isinstance(method["options"], Mapping)
-        and all(map(_is_number, numbers))
-        and all(map(_is_number_or_none, (final["peak_bytes"], method.get("epsilon"))))
-        and all(isinstance(text, str) for text in texts)
-    )
-
-
-def _is_number_or_none(value: object) -> bool:
-    return value is None or _is_number(value)
 
 
 def _is_number(value: object) -> bool:
@@ -98,9 +97,9 @@ def _is_number(value: object) -> bool:
 
 
 #: What a job's results must hold beside what all results hold.
-CHECKS = {
+CHECKS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
     "continual": _check_continual,
     "unlearning": _check_unlearning,
-    "federated": _check_federated,
-    "embedding": _check_embedding,
+    "federated": partial(_check_method, _federated),
+    "embedding": partial(_check_method, _embedding),
 }

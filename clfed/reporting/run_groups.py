@@ -227,7 +227,8 @@ def _open(path: Path) -> FinishedRun:
     results: Mapping[str, Any] = read(path)
     if results["job"] not in JOBS:
         raise RunFolderError(f"job={results['job']} has no table in this report.")
-    CHECKS.get(results["job"], lambda _: None)(results)
+    if (check := CHECKS.get(results["job"])) is not None:
+        check(results)
     return FinishedRun(path.parent, results, path.stat().st_mtime)
 
 
